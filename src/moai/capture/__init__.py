@@ -1,0 +1,1 @@
+"""Floor 2: recorded operations -> StepGraph. Knows nothing of plans."""

@@ -1,0 +1,1 @@
+"""Floor 3: what the script calls -> recorded operations. Knows nothing of plans and workers."""

@@ -1,0 +1,1 @@
+"""Floor 3: StepGraph + Plan -> Program. Knows nothing of scripts and sockets."""

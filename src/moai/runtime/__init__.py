@@ -1,0 +1,1 @@
+"""Floor 4: Program -> numbers. Knows nothing of plans and scripts."""
