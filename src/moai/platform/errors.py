@@ -1,0 +1,17 @@
+"""Errors whose texts are part of what the platform promises."""
+
+from __future__ import annotations
+
+
+def memory_error(requested: int, available: int) -> RuntimeError:
+    """For a device that was asked for `requested` bytes and has `available` bytes."""
+    return RuntimeError(
+        "Error Code 4: OUT_OF_MEMORY\n"
+        "A device of the accelerator does not have the memory that this program needs.\n"
+        f">> Memory requested : {requested:,} bytes\n"
+        f">> Memory available : {available:,} bytes\n"
+        "What can be done:\n"
+        "  1. Use a bigger accelerator: more devices share the batch (MOAI_FLAVOR=NAME, or MOAI_DEVICES=N).\n"
+        "  2. Use a smaller batch, or shorter sequences.\n"
+        f"error dump: 4 {requested} {available}"
+    )
