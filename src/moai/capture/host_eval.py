@@ -1,0 +1,213 @@
+"""Working things out on the host: small values whose inputs are at hand, and operators whose result has no shape of its own.
+
+In: the recorder's pending calls. Out: CPU tensors. The calls run as they were recorded, mutations and views included, on
+copies of the inputs. A read that is answered here does not end the segment.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moai.capture.operators import Operator
+from moai.capture.trace import Call, FloatSpec, FloatsSpec, OutSpec, Seed, SeedSpec, TensorSpec, out_specs
+from moai.capture.geometry import numel
+from moai.capture.values import Base, Record, Value
+
+if TYPE_CHECKING:
+    from moai.capture.recorder import Recorder
+
+logger = logging.getLogger("moai")
+
+MAX_ELEMENTS = 1 << 22
+_CPU = torch.device("cpu")
+_said: set[str] = set()
+
+
+def evaluate(recorder: Recorder, record: Record, max_calls: int) -> torch.Tensor | None:
+    """The pending value of a storage (in its base geometry), or None where it takes more than `max_calls` operators,
+    tensors beyond MAX_ELEMENTS, or inputs that are on the devices only."""
+    calls = _needed_calls(recorder.cursor, record.sid, max_calls)
+    if calls is None:
+        return None
+    values = dict(recorder.inputs)
+    bases: dict[int, torch.Tensor] = {}
+    numbers = _numbers_by_call(recorder, calls)
+    with torch.no_grad():
+        for call in calls:
+            for spec in tensor_specs(call):
+                if spec.sid not in bases:
+                    base = _host_base(values[spec.sid], spec.fresh) if spec.sid in values else None
+                    if base is None:
+                        return None
+                    bases[spec.sid] = base
+            if any(o.type.numel > MAX_ELEMENTS for o in out_specs(call.outs)):
+                return None
+            _run(call, bases, numbers[id(call)])
+    return bases[record.sid]
+
+
+def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
+    """A copy of an input's content, if it is at hand and small."""
+    if value.role == "undefined" and base is not None:
+        size, stride, dtype = base
+        return torch.zeros(1, dtype=dtype).expand(size).clone() if numel(size) <= MAX_ELEMENTS else None
+    if value.host is None or value.host.numel() > MAX_ELEMENTS:
+        return None
+    return value.host.clone()
+
+
+def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
+    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit. A number of steps back
+    beyond which nothing is looked for bounds the cost of asking."""
+    needed, calls, node, looked_at = {sid}, [], end, 0
+    while node.operator is not None:
+        looked_at += 1
+        written = {s.sid for s in written_specs(node)} | {o.sid for o in out_specs(node.outs)}
+        if written & needed:
+            calls.append(node)
+            needed |= {s.sid for s in tensor_specs(node)}
+        if len(calls) > limit or looked_at > 2 * limit:
+            return None
+        assert node.parent is not None
+        node = node.parent
+    calls.reverse()
+    return calls
+
+
+def tensor_specs(call: Call) -> list[TensorSpec]:
+    """Every tensor argument of a call."""
+    found: list[TensorSpec] = []
+
+    def walk(spec: Any) -> None:
+        if isinstance(spec, TensorSpec):
+            found.append(spec)
+        elif isinstance(spec, tuple):
+            for s in spec:
+                walk(s)
+
+    walk(call.args)
+    walk(tuple(call.kwargs.values()))
+    return found
+
+
+def written_specs(call: Call) -> list[TensorSpec]:
+    """The tensor arguments that a call writes."""
+    operator = call.operator
+    assert operator is not None
+    found: list[TensorSpec] = []
+    for i, name in zip(operator.mutated, operator.mutated_names, strict=True):
+        spec = call.args[i] if i < len(call.args) else call.kwargs.get(name)
+        found += [spec] if isinstance(spec, TensorSpec) else [s for s in spec or () if isinstance(s, TensorSpec)]
+    return found
+
+
+def count_numbers(spec: Any) -> int:
+    """How many of a run's numbers a spec stands for."""
+    if isinstance(spec, FloatSpec):
+        return int(spec.varies)
+    if isinstance(spec, SeedSpec):
+        return 1
+    if isinstance(spec, FloatsSpec):
+        return spec.length
+    if isinstance(spec, tuple):
+        return sum(count_numbers(s) for s in spec)
+    return 0
+
+
+def _numbers_by_call(recorder: Recorder, calls: list[Call]) -> dict[int, list[float | int]]:
+    """The numbers of this run that each of `calls` took."""
+    wanted, taken, start = {id(c) for c in calls}, {}, 0
+    for call in recorder.cursor.path():
+        n = count_numbers(call.args) + count_numbers(tuple(call.kwargs.values()))
+        if id(call) in wanted:
+            taken[id(call)] = recorder.scalars[start : start + n]
+        start += n
+    return taken
+
+
+def _run(call: Call, bases: dict[int, torch.Tensor], numbers: list[float | int]) -> None:
+    """Run one recorded call on the host tensors in `bases`; its new storages are added there."""
+    remaining = iter(numbers)
+
+    def value(spec: Any) -> Any:
+        if isinstance(spec, TensorSpec):
+            size, stride, offset, dtype = spec.geometry
+            base = bases[spec.sid]
+            if dtype == base.dtype:
+                return base.as_strided(size, stride, offset)
+            return torch.empty(0, dtype=dtype).set_(base.untyped_storage(), offset, size, stride)
+        if isinstance(spec, FloatSpec):
+            return next(remaining) if spec.varies else spec.value
+        if isinstance(spec, SeedSpec):
+            return next(remaining)
+        if isinstance(spec, FloatsSpec):
+            return [next(remaining) for _ in range(spec.length)]
+        if isinstance(spec, tuple):
+            return [value(s) for s in spec]
+        return _CPU if isinstance(spec, torch.device) else spec
+
+    operator = call.operator
+    assert operator is not None
+    args = [value(s) for s in call.args]
+    kwargs = {k: value(s) for k, s in call.kwargs.items()}
+    result = operator.op(*args, **kwargs)
+    results = result if isinstance(result, (list, tuple)) else [result]
+    if operator.mutated:
+        results = [r for r, i in zip(results, operator.returned, strict=False) if i is None]
+    _store(call.outs if isinstance(call.outs, (list, tuple)) else [call.outs], results, bases)
+
+
+def _store(outs: Any, results: Any, bases: dict[int, torch.Tensor]) -> None:
+    for out, result in zip(outs, results, strict=False):
+        if isinstance(out, OutSpec):
+            base = torch.empty_strided(*_layout(out), dtype=out.type.dtype)
+            bases[out.sid] = base.copy_(result)
+        elif out is not None:
+            _store(out, result, bases)
+
+
+def _layout(out: OutSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    size, stride, _ = out.base
+    return size, stride
+
+
+def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call at once on the host, with its inputs read and its results uploaded: for operators whose result's shape
+    depends on data. A wrong call gets torch's own error here."""
+    if operator.name not in _said:
+        _said.add(operator.name)
+        logger.debug("%s has a result whose shape depends on data; it is computed on the host.", operator.name)
+
+    def down(arg: Any) -> Any:
+        if isinstance(arg, torch.Tensor):
+            return arg if arg.device.type == "cpu" else recorder.read(arg)
+        if isinstance(arg, (list, tuple)):
+            return [down(a) for a in arg]
+        if isinstance(arg, Seed):
+            return int(arg)
+        return _CPU if isinstance(arg, torch.device) else arg
+
+    def up(result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return recorder.upload(result, ends_segment=False)
+        if isinstance(result, (list, tuple)):
+            return type(result)(up(r) for r in result)
+        return result
+
+    host_args = [down(a) for a in args]
+    host_kwargs = {k: down(v) for k, v in kwargs.items()}
+    with torch.no_grad():
+        result = operator.op(*host_args, **host_kwargs)
+    if not operator.mutated:
+        return up(result)
+    for i, name in zip(operator.mutated, operator.mutated_names, strict=True):
+        target, new = (args[i], host_args[i]) if i < len(args) else (kwargs[name], host_kwargs[name])
+        for t, n in zip(target, new, strict=True) if isinstance(target, (list, tuple)) else [(target, new)]:
+            if t.shape != n.shape:
+                t.resize_(n.shape)
+            t.copy_(n)
+    results = [None if i is None else args[operator.mutated[i]] for i in operator.returned]
+    return results[0] if len(results) == 1 else tuple(results) or None

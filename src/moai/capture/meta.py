@@ -1,0 +1,72 @@
+"""Shapes, strides and dtypes of a call's results, from torch's own meta kernels, remembered by the call's geometry."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from moai.capture.geometry import numel, span
+from moai.capture.operators import Operator, functional_twin
+
+_META = torch.device("meta")
+_results: dict[Any, Any] = {}
+
+
+class NoShapes(Exception):
+    """The results' shapes depend on data (or the call is wrong, which only running it can tell well)."""
+
+
+def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements fill their memory without gaps or overlap."""
+    return span(size, stride) == numel(size) and (numel(size) < 2 or 0 not in [st for n, st in zip(size, stride, strict=True) if n > 1])
+
+
+def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `operator` returns, as meta tensors (not to be modified). Raises NoShapes."""
+    key = (operator.op, _key(args), _key(tuple(kwargs.items())))
+    try:
+        return _results[key]
+    except KeyError:
+        pass
+    op = operator.op
+    if operator.is_out_variant:
+        twin = functional_twin(op)
+        if twin is None:
+            raise NoShapes(f"{operator.name} has no functional form")
+        op, kwargs = twin, {k: v for k, v in kwargs.items() if k not in operator.mutated_names}
+    meta_kwargs = {k: _to_meta(v) for k, v in kwargs.items() if k != "pin_memory"}
+    if operator.takes_device:
+        meta_kwargs["device"] = _META
+    try:
+        result = op(*[_to_meta(a) for a in args], **meta_kwargs)
+    except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise NoShapes(str(error)) from error
+    if op._schema.returns and not isinstance(result, (torch.Tensor, list, tuple)):
+        raise NoShapes(f"{operator.name} returns a number")
+    _results[key] = result
+    return result
+
+
+@cache
+def _meta_tensor(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=_META)
+
+
+def _to_meta(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return _meta_tensor(tuple(arg.size()), arg.stride(), arg.dtype)
+    if isinstance(arg, (list, tuple)):
+        return [_to_meta(a) for a in arg]
+    if isinstance(arg, torch.device):
+        return _META
+    return arg
+
+
+def _key(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return tuple(arg.size()), arg.stride(), arg.dtype
+    if isinstance(arg, (list, tuple)):
+        return tuple([_key(a) for a in arg])
+    return type(arg), arg

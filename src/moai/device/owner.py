@@ -1,0 +1,44 @@
+"""Who answers for the device: the process's session, as the device's rooms see it.
+
+The session lies on a higher floor; it is handed in here as a function, and made when the device is used for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from moai.capture.recorder import Recorder
+
+
+class Owner(Protocol):
+    """What the device needs of a session."""
+
+    recorder: Recorder
+
+    def acquire(self) -> object:
+        """Connect to the accelerator's devices, if that has not been done."""
+
+    def synchronize(self) -> None:
+        """Run what is recorded and wait until the devices are idle."""
+
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes over all devices: used, the most ever used, and all there are."""
+
+    def reset_peak_memory(self) -> None:
+        """Let the most ever used start again from what is used now."""
+
+
+_provide: Callable[[], Owner] | None = None
+
+
+def provide(make: Callable[[], Owner]) -> None:
+    """Say where the session comes from."""
+    global _provide
+    _provide = make
+
+
+def current() -> Owner:
+    """The process's session."""
+    assert _provide is not None, "the entry point provides the session"
+    return _provide()

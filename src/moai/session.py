@@ -1,0 +1,170 @@
+"""The session: one process's life on its accelerator.
+
+In: segments from `capture`. Out: their results. It ties the rooms together: first use -> resources -> capture -> plan -> lower ->
+run -> release. One a process; made at the device's first use, connected at the first step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from moai.capture.recorder import KEEP_BYTES, Recorder, Segment
+from moai.device import backend
+from moai.device.storage import maker
+from moai.graph.placement import Placement
+from moai.graph.step_graph import StepGraph
+from moai.lower import lower
+from moai.lower.program import Program
+from moai.plan.plan import Plan
+from moai.platform import flavors, jobs, log
+from moai.platform.errors import memory_error
+from moai.platform.flavors import Flavor
+from moai.platform.progress import Waiting
+from moai.runtime.accelerator import Accelerator, Buffer
+
+logger = logging.getLogger("moai")
+
+
+class Session:
+    """See the module docstring. `recorder` is what the device's kernels talk to."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph)
+        backend.install(self.recorder)
+        self._accelerator: Accelerator | None = None
+        self._flavor: Flavor | None = None
+        self._job: jobs.Job | None = None
+        self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
+        self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
+        self._pid = os.getpid()
+        register_optimizer_step_pre_hook(self._optimizer_step_begins)
+        register_optimizer_step_post_hook(self._optimizer_step_ends)
+        atexit.register(self.close)
+
+    # ------------------------------------------------------------------ resources
+
+    def flavor(self) -> Flavor:
+        """The accelerator's size, chosen once."""
+        if self._flavor is None:
+            self._flavor = flavors.choose()
+        return self._flavor
+
+    def acquire(self) -> Accelerator:
+        """The connected accelerator; connects at the first call, with the log lines of a starting program."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "The accelerator cannot be used in a forked process. Use it in the main process only, or start processes by "
+                "multiprocessing's 'spawn' method."
+            )
+        if self._accelerator is None:
+            flavor = self.flavor()
+            log.install()
+            log.requesting()
+            log.initializing()
+            with Waiting("Starting the devices"):
+                self._accelerator = Accelerator(flavor.devices)
+            addresses = self._accelerator.addresses
+            for i, address in enumerate(addresses, 1):
+                log.connecting(i, len(addresses), address)
+            log.establishing()
+            self._job = jobs.start(flavor.name)
+            log.ready(self._job.id if self._job is not None else None)
+        return self._accelerator
+
+    def close(self) -> None:
+        """Release the devices. What was recorded and never read is dropped."""
+        if os.getpid() != self._pid or self._accelerator is None:
+            return
+        accelerator, self._accelerator = self._accelerator, None
+        try:
+            accelerator.close()
+        finally:
+            if self._job is not None:
+                self._job.end()
+
+    def synchronize(self) -> None:
+        """Run what is recorded and wait until the devices are idle."""
+        self.recorder.flush()
+        if self._accelerator is not None:
+            self._accelerator.synchronize()
+
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes over all devices: used, the most ever used, and all there are."""
+        total = self.flavor().memory_bytes
+        if self._accelerator is None:
+            return 0, 0, total
+        figures = self._accelerator.memory()
+        return sum(used for used, _ in figures), sum(peak for _, peak in figures), total
+
+    # ------------------------------------------------------------------ steps
+
+    def _optimizer_step_begins(self, *_: Any) -> None:
+        self.recorder.optimizer_step_begins()
+
+    def _optimizer_step_ends(self, *_: Any) -> None:
+        self.recorder.optimizer_step_ends()
+
+    def _report_new_graph(self, graph: StepGraph, cause: str) -> None:
+        if cause:
+            logger.info("New graph of %d operators: %s", len(graph.nodes), cause)
+
+    def _execute(self, segment: Segment) -> list[Buffer]:
+        accelerator = self.acquire()
+        given = tuple(None if v.buffer is None else v.buffer.placement for v in segment.inputs)
+        program = self._program(segment.graph, given)
+        self._check_memory(program, segment)
+        self._upload(program, segment)
+        return accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
+
+    def _program(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
+        key = (id(graph), given)
+        program = self._programs.get(key)
+        if program is None:
+            with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
+                program = lower(graph, Plan(dp=self.flavor().n_devices), given)
+            self._programs[key] = program
+            self._graphs.append(graph)
+            for note in program.notes:
+                logger.info(note)
+        return program
+
+    def _check_memory(self, program: Program, segment: Segment) -> None:
+        """Refuse a step that would not fit, before anything moves."""
+        accelerator = self.acquire()
+        here_already = {v.buffer for v in segment.inputs if v.buffer is not None}
+        others = accelerator.resident_bytes - sum(b.local_bytes for b in here_already)
+        available = min(d.memory_bytes for d in self.flavor().devices)
+        if program.peak_bytes + others > available:
+            raise memory_error(program.peak_bytes + others, available)
+
+    def _upload(self, program: Program, segment: Segment) -> None:
+        accelerator = self.acquire()
+        waiting = [(v, slot) for v, slot in zip(segment.inputs, program.inputs, strict=True) if v.buffer is None]
+        with Waiting("Uploading", total=len(waiting)) as progress:
+            for value, slot in waiting:
+                if value.buffer is None:
+                    value.buffer = accelerator.upload(value.host, slot.placement)
+                    if value.host.nbytes > KEEP_BYTES:
+                        value.host = None
+                progress.advance()
+
+    def _fetch(self, buffer: Buffer) -> torch.Tensor:
+        return self.acquire().read(buffer)
+
+
+_current: Session | None = None
+
+
+def current() -> Session:
+    """The process's session; made at the first call."""
+    global _current
+    if _current is None:
+        _current = Session()
+    return _current
+
