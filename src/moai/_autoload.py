@@ -1,5 +1,47 @@
-"""The `torch.backends` entry point: called at the end of `import torch`."""
+"""The `torch.backends` entry point: called at the end of `import torch`.
+
+In: the environment. Out: `torch.moreh`, and the accelerator as "cuda" if the user has one. Nothing here may break or
+slow `import torch`: an error becomes one line of warning, and everything heavy waits for the device's first use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
 
 
 def activate() -> None:
-    """Make the accelerator known to torch."""
+    """Makes the accelerator known to torch."""
+    try:
+        _offer_options()
+        if _is_wanted():
+            from moai.device import alias
+
+            alias.turn_on()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logging.getLogger("moai").warning("The MoAI Accelerator is not available: %s: %s", type(error).__name__, reason)
+
+
+def _offer_options() -> None:
+    """`torch.moreh`, by which scripts recognise the platform, is there even if the accelerator is not."""
+    import torch
+
+    import moreh.option
+
+    torch.moreh = moreh  # type: ignore[attr-defined]
+    sys.modules["torch.moreh"] = moreh
+    sys.modules["torch.moreh.option"] = moreh.option
+
+
+def _is_wanted() -> bool:
+    """MOAI_CUDA says so, or the user has chosen an accelerator."""
+    said = os.environ.get("MOAI_CUDA")
+    if said in ("0", "1"):
+        return said == "1"
+    if os.environ.get("MOAI_FLAVOR") or os.environ.get("MOAI_DEVICES"):
+        return True
+    from moai.platform import flavors
+
+    return flavors.configured()

@@ -1,0 +1,83 @@
+"""Turning the accelerator into this process's "cuda".
+
+In: `turn_on()`. Out: torch in which "cuda" is the accelerator: `torch.device`, `torch.cuda`, `torch.Generator`, the
+tensor methods that take a device, autocast, saving and loading. It costs about 10 ms, most of it
+imports; the operators' kernels are registered when the device is used for the first time (`torch.cuda._lazy_init`).
+
+Types are changed in place and functions are replaced under their own names, so code that imported a type earlier sees
+the accelerator too; code that imported a replaced *function* earlier (`from torch import get_autocast_dtype`) does
+not.
+
+What a script can still notice:
+
+* `torch.version.cuda` is None (and `torch.version.hip`): code that reads the CUDA version there takes it for a CPU
+  build. Known to look: `torch.utils.cpp_extension`, bitsandbytes, flash-attn, TF32 checks of transformers.
+* `torch._C._cuda_*`, `torch.cuda.nccl`, CUDA graphs, `torch.cuda.cudart()`, NVML readings (`utilization`,
+  `temperature`) are absent, and `torch.backends.cudnn.is_available()` is False.
+* Messages written by C++ say "moai:0", e.g. "found at least two devices, moai:0 and cpu".
+  `torch.utils.rename_privateuse1_backend` cannot take the name "cuda".
+* The classes `torch.cuda.FloatTensor` and so on cannot be called, and no tensor is an instance of them.
+* `torch.empty(..., pin_memory=True)` and the other factories raise NotImplementedError, as there is no allocator of
+  pinned memory; `Tensor.pin_memory()` and `DataLoader(pin_memory=True)` work and pin nothing.
+* A generator of the accelerator that is passed to an operator on CPU tensors is not refused.
+* `x.data = y` across devices, and so `Module.cuda()`, exchanges tensors: it fails for a parameter that a weak
+  reference points to or that a live autograd graph holds.
+* Random numbers are reproducible for a seed but are not those of a GPU.
+* `torch.compile` does not trace through replaced functions that it knows by identity (autocast switches).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+_on = False
+
+
+class _Hooks(torch._C._acc.PrivateUse1Hooks):
+    """What C++ asks about the device."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def has_primary_context(self, device_index: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+def is_on() -> bool:
+    """Whether "cuda" is the accelerator in this process."""
+    return _on
+
+
+def turn_on() -> bool:
+    """Makes "cuda" the accelerator, once for the process. Returns whether it is.
+
+    It is not where the user has set MOAI_CUDA=0. Raises RuntimeError if torch or the interpreter is not as expected.
+    """
+    global _on
+    if not _on and os.environ.get("MOAI_CUDA") == "0":
+        logging.getLogger("moai").warning("MOAI_CUDA=0 is set: this program runs without the accelerator.")
+        return False
+    if not _on:
+        _install()
+        _on = True
+    return True
+
+
+def _install() -> None:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    from moai.device import autocast, generator, serialization, tensors, torch_cuda, torch_device
+
+    _setup_privateuseone_for_python_backend(torch_device.NAME, torch.cuda, _Hooks())
+    torch_device.install()
+    generator.install()
+    torch_cuda.install()
+    tensors.install()
+    autocast.rename()
+    serialization.install()
