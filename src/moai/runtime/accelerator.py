@@ -1,0 +1,358 @@
+"""Accelerator: the controller of the workers, one a device.
+
+In: CPU tensors with a placement, Programs. Out: Buffers, and CPU tensors read back. Everything is asynchronous, but
+never more than one run ahead of the devices, and every wait ends with an error when a worker dies, fails or hangs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moai.graph.placement import Partial, Placement, Replicate
+from moai.graph.step_graph import TensorType
+from moai.lower.program import Program
+from moai.platform.device import Device
+from moai.runtime import messages as m
+from moai.runtime.launcher import Launcher, LocalLauncher
+from moai.runtime.link import Link
+from moai.runtime.transport import encode
+from moai.runtime.watchdog import Watchdog
+
+START_SECONDS = 60.0
+_LOOK_SECONDS = 0.5
+_STOP_SECONDS = 2.0
+# When a collective fails, the cause is mostly a worker that has just died: wait this long for the better explanation.
+_SUSPICION_SECONDS = 3.0
+# Tensors up to this size are copied, so that an upload returns at once; larger ones are sent from where they lie.
+_COPY_BYTES = 1 << 20
+_BACKLOG_BYTES = 32 << 20
+
+
+class Buffer:
+    """A tensor that lies on the devices. Dropping the last reference frees it there."""
+
+    __slots__ = ("__weakref__", "_frees", "_id", "placement", "type")
+
+    def __init__(self, id: int, type: TensorType, placement: Placement, frees: deque[int]) -> None:
+        self.type = type
+        self.placement = placement
+        self._id: int | None = id
+        self._frees = frees
+
+    def __repr__(self) -> str:
+        return f"Buffer({self.type}@{self.placement}{', donated' if self._id is None else ''})"
+
+    def __del__(self) -> None:
+        if self._id is not None:
+            self._frees.append(self._id)
+
+
+class Accelerator:
+    """See the module docstring. Methods are for one thread; all raise RuntimeError once a worker has failed."""
+
+    def __init__(self, devices: Sequence[Device], launcher: Launcher | None = None) -> None:
+        """Starts one worker a device. RuntimeError if they are not ready within a minute."""
+        if not devices:
+            raise ValueError("an accelerator needs at least one device")
+        self.devices = tuple(devices)
+        self._launcher = launcher or LocalLauncher()
+        self._changed = threading.Condition()
+        self._failure: str | None = None
+        self._suspicion: tuple[float, str] | None = None
+        self._frees: deque[int] = deque()
+        self._ids = itertools.count(1)
+        self._requests = itertools.count(1)
+        self._programs: dict[str, Program] = {}
+        self._loaded: set[str] = set()
+        self._step = 0
+        self._pulses: list[m.Pulse | None] = [None] * len(devices)
+        self._stopping = threading.Lock()
+        workers = self._launcher.start(self.devices, START_SECONDS)
+        self._watchdog = Watchdog(self.devices, time.monotonic())
+        self._links = [Link(worker, self._changed) for worker in workers]
+        _live.add(self)
+        for link in self._links:
+            link.start(self._on_reply, self._on_lost)
+        threading.Thread(target=self._watch, name="moai-watch", daemon=True).start()
+
+    @property
+    def n_devices(self) -> int:
+        """How many devices, and workers, there are."""
+        return len(self.devices)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Each worker's "ip:port"."""
+        return [link.worker.address for link in self._links]
+
+    @property
+    def pulses(self) -> list[m.Pulse | None]:
+        """Each worker's last report; None before the first, a second after the start."""
+        return list(self._pulses)
+
+    def upload(self, tensor: torch.Tensor, placement: Placement) -> Buffer:
+        """Puts a CPU tensor on the devices; a sharded one sends each device its part, a partial one is a term of device
+        0. `tensor` is not needed any more on return. Of memory, it takes no copy of more than 32 MiB."""
+        self._check()
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        if tensor.nbytes <= _COPY_BYTES:
+            tensor = tensor.clone()
+        parts = self._parts(tensor, placement)
+        self._post_frees()
+        id = next(self._ids)
+        buffer = Buffer(id, TensorType(tuple(tensor.shape), tensor.dtype), placement, self._frees)
+        tickets = []
+        for link, part in zip(self._links, parts, strict=True):
+            shape = tuple(tensor.shape if part is None else part.shape)
+            tickets.append(link.post(encode(m.Put(id, shape, tensor.dtype, zeros=part is None)), part))
+        if tensor.nbytes > _COPY_BYTES:
+            self._wait(lambda: all(link.sent >= t for link, t in zip(self._links, tickets, strict=True)))
+        else:
+            self._wait(lambda: all(link.backlog <= _BACKLOG_BYTES for link in self._links))
+        return buffer
+
+    def run(self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int]) -> list[Buffer]:
+        """Starts `program` and returns its outputs. Waits first until the run before has finished on all devices.
+
+        Donated inputs are consumed: those Buffers cannot be used any more. A program is sent to the workers once.
+        """
+        self._check()
+        ids = self._input_ids(program, inputs, scalars)
+        self._wait_for_run()
+        self._load(program)
+        self._post_frees()
+        self._step += 1
+        outputs = [Buffer(next(self._ids), slot.type, slot.placement, self._frees) for slot in program.outputs]
+        command = m.Run(self._step, program.name, ids, tuple(b._id or 0 for b in outputs), tuple(scalars))
+        for buffer, slot in zip(inputs, program.inputs, strict=True):
+            if slot.donated:
+                buffer._id = None
+        self._broadcast(command, awaits=("run", self._step))
+        return outputs
+
+    def read(self, buffer: Buffer) -> torch.Tensor:
+        """The global tensor, on the CPU; blocks until it is there."""
+        self._check()
+        id = self._id_of(buffer)
+        shape, placement = buffer.type.shape, buffer.placement
+        out = torch.empty(shape, dtype=buffer.type.dtype, device="cpu")
+        if isinstance(placement, Replicate):
+            self._fetch(id, [out])
+        elif isinstance(placement, Partial):
+            terms = [out, *(torch.empty_like(out) for _ in self._links[1:])]
+            self._fetch(id, terms)
+            for term in terms[1:]:
+                out.add_(term)
+        else:
+            parts = list(out.split(placement.sizes, placement.dim))
+            whole = [p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts]
+            self._fetch(id, whole)
+            for part, received in zip(parts, whole, strict=True):
+                if part is not received:
+                    part.copy_(received)
+        return out
+
+    def synchronize(self) -> None:
+        """Waits until the devices have finished what was run."""
+        self._check()
+        self._post_frees()
+        self._wait_for_run()
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(bytes in use now, at most so far) of each device: of a CPU worker's process, of a GPU's allocator."""
+        self._check()
+        self._post_frees()
+        request = next(self._requests)
+        self._broadcast(m.Ping(request), awaits=("pulse", request))
+        self._wait(lambda: all(("pulse", request) not in link.awaited for link in self._links))
+        return [(pulse.memory, pulse.peak) for pulse in self._pulses if pulse is not None]
+
+    def close(self) -> None:
+        """Ends the workers, at once and whatever they are doing. Later calls raise; closing again does nothing."""
+        self._fail("the accelerator is closed")
+
+    # Uploads, runs and reads, in their parts.
+
+    def _parts(self, tensor: torch.Tensor, placement: Placement) -> Sequence[torch.Tensor | None]:
+        """What each device gets; None stands for zeros."""
+        if tensor.device.type != "cpu":
+            raise ValueError(f"upload takes a CPU tensor, not one on {tensor.device}")
+        if isinstance(placement, Replicate):
+            return [tensor] * self.n_devices
+        if isinstance(placement, Partial):
+            return [tensor, *[None] * (self.n_devices - 1)]
+        sizes = placement.sizes
+        if len(sizes) != self.n_devices or placement.dim >= tensor.dim() or sum(sizes) != tensor.shape[placement.dim]:
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} cannot be split along dim {placement.dim} in parts of {sizes} "
+                f"on {self.n_devices} device(s)"
+            )
+        return tensor.split(sizes, placement.dim)
+
+    def _input_ids(self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int]) -> tuple[int, ...]:
+        wanted = (program.n_devices, len(program.inputs), program.n_scalars)
+        if (given := (self.n_devices, len(inputs), len(scalars))) != wanted:
+            raise ValueError(
+                f"program {program.name} is for (devices, inputs, scalars) = {wanted}, but was given {given}"
+            )
+        for i, (buffer, slot) in enumerate(zip(inputs, program.inputs, strict=True)):
+            if buffer.type != slot.type or buffer.placement != slot.placement:
+                raise ValueError(
+                    f"input {i} of program {program.name} is {slot.type}@{slot.placement}, but was given {buffer}"
+                )
+        ids = tuple(map(self._id_of, inputs))
+        if len(set(ids)) < len(ids):
+            donated = {id for id, slot in zip(ids, program.inputs, strict=True) if slot.donated}
+            if any(ids.count(id) > 1 for id in donated):
+                raise ValueError(f"program {program.name} was given one buffer twice, and may overwrite it")
+        return ids
+
+    def _id_of(self, buffer: Buffer) -> int:
+        if buffer._id is None:
+            raise ValueError(f"{buffer} was donated to a run, which has consumed it: use the output that replaced it")
+        if buffer._frees is not self._frees:
+            raise ValueError(f"{buffer} belongs to another accelerator")
+        return buffer._id
+
+    def _load(self, program: Program) -> None:
+        known = self._programs.setdefault(program.name, program)
+        if known is not program:
+            raise ValueError(f"there is another program named {program.name}: names must be unique")
+        if program.name not in self._loaded:
+            self._loaded.add(program.name)
+            self._broadcast(m.Load(program))
+
+    def _fetch(self, id: int, targets: Sequence[torch.Tensor]) -> None:
+        """Fills the contiguous `targets` with the local tensors of the first devices, one each."""
+        self._post_frees()
+        request = next(self._requests)
+        command = encode(m.Read(request, id))
+        asked = [(link, target) for link, target in zip(self._links, targets, strict=False) if target.nbytes]
+        for link, target in asked:
+            link.read(request, command, target)
+        self._wait(lambda: all(request not in link.awaited for link, _ in asked))
+
+    def _broadcast(self, command: m.Command, awaits: object = None) -> None:
+        encoded = encode(command)
+        for link in self._links:
+            link.post(encoded, awaits=awaits)
+
+    def _post_frees(self) -> None:
+        if self._frees:
+            # Buffers die in any thread at any time: take what is there now.
+            dead = tuple(self._frees.popleft() for _ in range(len(self._frees)))
+            self._broadcast(m.Free(dead))
+
+    # Waiting and failing.
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Blocks until `ready()`; the watchdog's failure is what bounds it."""
+        with self._changed:
+            while not ready():
+                self._check()
+                self._changed.wait(_LOOK_SECONDS)
+        self._check()
+
+    def _wait_for_run(self) -> None:
+        run = ("run", self._step)
+        self._wait(lambda: all(run not in link.awaited for link in self._links))
+
+    def _on_reply(self, rank: int, reply: m.Reply) -> None:
+        now = time.monotonic()
+        with self._changed:
+            self._watchdog.heard(rank, now)
+            match reply:
+                case m.Done(step):
+                    self._links[rank].answered(("run", step))
+                case m.Pulse():
+                    self._pulses[rank] = reply
+                    if reply.request:
+                        self._links[rank].answered(("pulse", reply.request))
+                    else:
+                        self._watchdog.pulse(rank, reply, now)
+                case m.Failed():
+                    text = f"{self._name(rank)} failed in step {self._step}: {reply.text}"
+                    if not reply.in_collective:
+                        self._fail(text)
+                    elif self._suspicion is None:
+                        self._suspicion = (now + _SUSPICION_SECONDS, text)
+
+    def _on_lost(self, rank: int) -> None:
+        process = self._links[rank].worker.process
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (end := process.end()) is None and time.monotonic() < deadline and self._failure is None:
+            time.sleep(0.01)
+        text = f"{self._name(rank)} was lost in step {self._step}: its worker {end or 'has hung up'}"
+        text += self._watchdog.doing(rank)
+        if end and "SIGKILL" in end:
+            text += "\nThe system kills a process when memory runs out: try a smaller batch or a larger accelerator"
+        elif words := process.last_words():
+            text += f"\n{words}"
+        self._fail(text)
+
+    def _name(self, rank: int) -> str:
+        return f"device {rank} ({self.devices[rank]}, pid {self._links[rank].worker.pid})"
+
+    def _watch(self) -> None:
+        while self._failure is None:
+            time.sleep(_LOOK_SECONDS)
+            now = time.monotonic()
+            with self._changed:
+                verdict = self._watchdog.verdict([link.at_work for link in self._links], now)
+                suspicion = self._suspicion
+            if suspicion and now > suspicion[0]:
+                self._fail(suspicion[1])
+            elif verdict:
+                self._fail(f"{self._name(verdict.rank)} {verdict.text} (step {self._step})")
+            elif self._failure is None:
+                self._post_frees()
+
+    def _fail(self, text: str) -> None:
+        """Records why nothing works any more, unless that is known already, and ends the workers."""
+        with self._changed:
+            if self._failure is not None:
+                return
+            self._failure = text
+            self._changed.notify_all()
+        _live.discard(self)
+        for link in self._links:
+            link.hang_up()
+        with self._stopping:
+            self._launcher.stop(_STOP_SECONDS)
+
+    def _abandon(self) -> None:
+        """In a forked child: the workers are the parent's, and must notice when the parent alone is gone."""
+        self._failure = "the accelerator belongs to the process that this one was forked from"
+        for link in self._links:
+            link.abandon()
+
+
+_live: weakref.WeakSet[Accelerator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for accelerator in list(_live):
+        accelerator.close()
+
+
+def _abandon_all() -> None:
+    for accelerator in list(_live):
+        accelerator._abandon()
+    _live.clear()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,90 @@
+"""Program -> one straight-line Python function, a line per instruction.
+
+In: a program's instructions with every call already bound to a function and to this device's numbers (`Call`).
+Out: source text, and the constants that it refers to. An instruction's line is `LINES_BEFORE` + its index + 1, so a
+line number, in a traceback or of a running frame, names an instruction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moai.graph.step_graph import Ref, Scalar, flat_ids
+from moai.lower.program import Program
+
+LINES_BEFORE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function and its arguments, in which only `Ref` and `Scalar` are still open."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def generate(program: Program, calls: Sequence[Call]) -> tuple[str, dict[str, Any]]:
+    """The source of `run(inputs, scalars) -> list of outputs`, and the globals it needs.
+
+    `run` empties the list `inputs`, so that an input's memory can be freed at its last use.
+    """
+    constants = _Constants()
+    lines = [
+        "def run(inputs, scalars):",
+        f"    {_targets(f'v{slot.id}' for slot in program.inputs)} = inputs; inputs.clear()",
+        f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars",
+    ]
+    for instruction, call in zip(program.instructions, calls, strict=True):
+        args = [constants.source(a) for a in call.args]
+        args += [f"{name}={constants.source(a)}" for name, a in call.kwargs.items()]
+        statement = f"{constants.named('f', call.function)}({', '.join(args)})"
+        dead = [f"v{id}" for id in instruction.frees]
+        if any(True for _ in flat_ids(instruction.outs)):
+            statement = f"{_target(instruction.outs)} = {statement}"
+            if isinstance(instruction.outs, tuple) and "_" in _target(instruction.outs):
+                dead.append("_")
+        lines.append(f"    {statement}" + (f"; {' = '.join(dead)} = None" if dead else ""))
+    lines.append(f"    return [{', '.join(f'v{slot.id}' for slot in program.outputs)}]")
+    return "\n".join(lines) + "\n", constants.globals
+
+
+def _targets(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _target(outs: Any) -> str:
+    if outs is None:
+        return "_"
+    return f"v{outs}" if isinstance(outs, int) else _targets(map(_target, outs))
+
+
+class _Constants:
+    """Names for everything that cannot be written as a literal."""
+
+    def __init__(self) -> None:
+        self.globals: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+
+    def named(self, prefix: str, value: Any) -> str:
+        name = self._names.get(id(value))
+        if name is None:
+            name = self._names[id(value)] = f"{prefix}{len(self._names)}"
+            self.globals[name] = value  # also keeps the value alive, so that its id stays its own
+        return name
+
+    def source(self, value: Any) -> str:
+        if isinstance(value, Ref):
+            return f"v{value.id}"
+        if isinstance(value, Scalar):
+            return f"s{value.index}"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self.source(v)}, ' for v in value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.source, value))}]"
+        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+            return repr(value)
+        return self.named("c", value)

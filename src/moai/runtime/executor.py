@@ -1,0 +1,231 @@
+"""Executor: one device's way through a Program.
+
+In: a Program, the device's rank, its collectives; then, at each run, local tensors and scalars. Out: local tensors.
+
+The first run is interpreted and checked, shape by shape; later runs are one generated function. Either way an
+instruction that fails is named.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from moai.graph.ops import random_rows
+from moai.graph.placement import local_shape
+from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
+from moai.lower.program import Instruction, PerRank, Program, Slot
+from moai.runtime import codegen, collectives
+from moai.runtime.codegen import Call
+from moai.runtime.collectives import Collectives
+
+
+class InstructionError(RuntimeError):
+    """An instruction failed. `in_collective`: it was waiting for other devices, so the cause may be on one of them."""
+
+    def __init__(self, text: str, in_collective: bool) -> None:
+        super().__init__(text)
+        self.in_collective = in_collective
+
+
+class Executor:
+    """See the module docstring. Not thread-safe but for `position`."""
+
+    def __init__(self, program: Program, rank: int, device: torch.device, peers: Collectives) -> None:
+        """Raises RuntimeError for an operator that this PyTorch does not have."""
+        self.program = program
+        self._rank = rank
+        self._calls = [_bind(i, rank, device, peers) for i in program.instructions]
+        self._function, self._code = self._compile()
+        self._checked = False
+        self._checking: int | None = None
+        donated = {slot.id for slot in program.inputs if slot.donated}
+        self._kept = [i for i, slot in enumerate(program.inputs) if not slot.donated]
+        self._in_place = [i for i, slot in enumerate(program.outputs) if slot.id in donated]
+        self._fresh = [i for i, slot in enumerate(program.outputs) if slot.id not in donated]
+
+    @torch.no_grad()
+    def run(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
+        """The local outputs. Empties `inputs`, so that donated memory is freed as early as the program allows.
+
+        An output owns its memory: it shares none with an input that is kept nor with another output, and is no view of
+        something larger. So buffers can be overwritten and freed one by one.
+        """
+        taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
+        if self._checked:
+            outputs = self._run_generated(inputs, scalars)
+        else:
+            outputs = self._run_checked(inputs, scalars)
+            self._checked = True
+        if self._fresh:
+            taken.update(_address(outputs[i]) for i in self._in_place)
+            _own_memory(outputs, self._fresh, taken)
+        return outputs
+
+    def position(self, frame: FrameType | None) -> int | None:
+        """Index of the instruction that a thread, whose innermost frame is given, executes; None outside of a run."""
+        if self._checking is not None:
+            return self._checking
+        while frame is not None:
+            if frame.f_code is self._code:
+                return self._index(frame.f_lineno)
+            frame = frame.f_back
+        return None
+
+    def _compile(self) -> tuple[Callable[..., list[torch.Tensor]], CodeType]:
+        source, namespace = codegen.generate(self.program, self._calls)
+        filename = f"<program {self.program.name}>"
+        exec(compile(source, filename, "exec"), namespace)
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        return namespace["run"], namespace["run"].__code__
+
+    def _index(self, line: int) -> int | None:
+        index = line - codegen.LINES_BEFORE - 1
+        return index if 0 <= index < len(self._calls) else None
+
+    def _run_generated(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
+        try:
+            return self._function(inputs, scalars)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_frame.f_code is not self._code:
+                trace = trace.tb_next
+            index = self._index(trace.tb_lineno) if trace else None
+            if trace is None or index is None:
+                raise
+            variables = trace.tb_frame.f_locals
+            raise self._failed(index, error, lambda ref: variables.get(f"v{ref.id}")) from error
+
+    def _run_checked(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
+        values: dict[int, Any] = {slot.id: x for slot, x in zip(self.program.inputs, inputs, strict=True)}
+        inputs.clear()
+
+        def filled(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return values[leaf.id]
+            return scalars[leaf.index] if isinstance(leaf, Scalar) else leaf
+
+        for slot in self.program.inputs:
+            self._check_slot("input", slot, values[slot.id])
+        try:
+            for index, (instruction, call) in enumerate(zip(self.program.instructions, self._calls, strict=True)):
+                self._checking = index
+                try:
+                    result = call.function(*map_args(call.args, filled), **map_args(call.kwargs, filled))
+                except Exception as error:
+                    raise self._failed(index, error, lambda ref: values.get(ref.id)) from error
+                _bind_outs(instruction.outs, result, values)
+                del result
+                self._check_shapes(index, values)
+                for dead in instruction.frees:
+                    del values[dead]
+        finally:
+            self._checking = None
+        for slot in self.program.outputs:
+            self._check_slot("output", slot, values[slot.id])
+        return [values[slot.id] for slot in self.program.outputs]
+
+    def _check_slot(self, kind: str, slot: Slot, x: torch.Tensor) -> None:
+        expected = local_shape(slot.type.shape, slot.placement, self._rank)
+        if tuple(x.shape) != expected or x.dtype != slot.type.dtype:
+            raise RuntimeError(
+                f"{kind} %{slot.id} of program {self.program.name} should be {slot.type.dtype} of local shape "
+                f"{list(expected)}, but is {x.dtype} {list(x.shape)}: this is a bug of MoAI, please report it"
+            )
+
+    def _check_shapes(self, index: int, values: dict[int, Any]) -> None:
+        instruction = self.program.instructions[index]
+        for id, shape in zip(flat_ids(instruction.outs), instruction.shapes, strict=False):
+            expected = list(map_args(shape, lambda n: _of_rank(n, self._rank)))
+            actual = values[id]
+            if isinstance(actual, torch.Tensor) and list(actual.shape) != expected:
+                raise InstructionError(
+                    f"{self._name(index)} gave %{id} the shape {list(actual.shape)} where {expected} was planned: "
+                    "this is a bug of MoAI, please report it",
+                    in_collective=False,
+                )
+
+    def _name(self, index: int) -> str:
+        instruction = self.program.instructions[index]
+        where = f", from {instruction.where}" if instruction.where else ""
+        return f"operator {instruction.op} (instruction {index} of program {self.program.name}{where})"
+
+    def _failed(self, index: int, error: Exception, value_of: Callable[[Ref], Any]) -> InstructionError:
+        call = self._calls[index]
+        given = ", ".join(_describe(value_of(ref)) for ref in refs((call.args, call.kwargs)))
+        return InstructionError(
+            f"{self._name(index)} failed on ({given}): {type(error).__name__}: {error}",
+            in_collective=self.program.instructions[index].op in collectives.NAMES,
+        )
+
+
+def _bind(instruction: Instruction, rank: int, device: torch.device, peers: Collectives) -> Call:
+    args = map_args(instruction.args, lambda leaf: _of_rank(leaf, rank))
+    kwargs = map_args(instruction.kwargs, lambda leaf: _of_rank(leaf, rank))
+    if instruction.op in collectives.NAMES:
+        return Call(getattr(peers, instruction.op), args, kwargs)
+    if instruction.op == "moai.random.default":
+        return Call(random_rows, args, {**kwargs, "device": device})
+    operator = _operator(instruction)
+    if instruction.op == "moai.randperm.default":
+        return Call(lambda *a, **kw: operator(*a, **kw).to(device), args, kwargs)
+    return _on_device(operator, args, kwargs, device)
+
+
+def _of_rank(leaf: Any, rank: int) -> Any:
+    return leaf.values[rank] if isinstance(leaf, PerRank) else leaf
+
+
+def _operator(instruction: Instruction) -> torch._ops.OpOverload:
+    found: Any = torch.ops
+    try:
+        for part in instruction.op.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        found = None
+    if not isinstance(found, torch._ops.OpOverload):
+        where = f" (from {instruction.where})" if instruction.where else ""
+        raise RuntimeError(f"PyTorch {torch.__version__} has no operator {instruction.op}{where}")
+    return found
+
+
+def _on_device(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], device: Any) -> Call:
+    """The call with its `device` argument, if the operator has one, set to the worker's device."""
+    for index, argument in enumerate(operator._schema.arguments):
+        if argument.name == "device":
+            if index < len(args):
+                args = (*args[:index], device, *args[index + 1 :])
+            else:
+                kwargs = {**kwargs, "device": device}
+    return Call(operator, args, kwargs)
+
+
+def _bind_outs(outs: Any, result: Any, values: dict[int, Any]) -> None:
+    if isinstance(outs, int):
+        values[outs] = result
+    elif outs:
+        for out, part in zip(outs, result, strict=True):
+            _bind_outs(out, part, values)
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _own_memory(outputs: list[torch.Tensor], fresh: Sequence[int], taken: set[int]) -> None:
+    """Copies those of the `fresh` outputs that share memory (see `Executor.run`) with the storages at `taken`."""
+    for i in fresh:
+        address = _address(outputs[i])
+        if (address and address in taken) or outputs[i].untyped_storage().nbytes() != outputs[i].nbytes:
+            outputs[i] = outputs[i].clone(memory_format=torch.contiguous_format)
+        taken.add(address)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,235 @@
+"""A worker: one process that owns one device, keeps buffers on it and runs programs. `python -m moai.runtime.worker`.
+
+In: a `WorkerSpec` as a line of JSON on standard input, then commands (`messages`). Out: replies, and a pulse a second.
+
+Three threads: one receives (so that a vanished controller ends the process at once, whatever it is doing), the main
+thread carries out commands in order, one reports.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Client
+
+import torch
+from torch.distributed import TCPStore
+
+from moai.runtime import messages as m
+from moai.runtime.collectives import NAMES, Alone, Collectives, Group
+from moai.runtime.executor import Executor, InstructionError
+from moai.runtime.launcher import WorkerSpec
+from moai.runtime.transport import PIECE_BYTES, Channel, memory_of, pieces
+
+PULSE_SECONDS = 1.0
+
+
+class Worker:
+    """See the module docstring."""
+
+    def __init__(self, spec: WorkerSpec, channel: Channel) -> None:
+        self._spec = spec
+        self._channel = channel
+        self._device = torch.device(spec.device.torch_name)
+        self._collectives: Collectives = Alone()
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._executors: dict[str, Executor] = {}
+        self._inbox: queue.SimpleQueue[tuple[m.Command, torch.Tensor | None]] = queue.SimpleQueue()
+        self._doing = ""
+        self._executor: Executor | None = None
+        self._executed = 0
+        self._meter = _Meter(self._device)
+        self._main = threading.get_ident()
+
+    def serve(self) -> None:
+        """Carries out commands until the process is ended; after a failed one it only waits for that."""
+        receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
+        receiver.start()
+        try:
+            self._join()
+            threading.Thread(target=self._report, name="report", daemon=True).start()
+            self._channel.send(m.Ready())
+            while True:
+                self._carry_out(*self._inbox.get())
+        except InstructionError as error:
+            self._channel.send(m.Failed(str(error), error.in_collective))
+        except Exception as error:
+            traceback.print_exc()
+            self._channel.send(m.Failed(f"{type(error).__name__}: {error}", in_collective=False))
+        receiver.join()
+
+    def _join(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        if self._spec.size > 1:
+            store = TCPStore(*self._spec.store, is_master=False)
+            self._collectives = Group(self._device, self._spec.rank, self._spec.size, store)
+
+    # The receiving thread.
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                command = self._channel.receive()
+                if isinstance(command, m.Ping):
+                    self._channel.send(self._pulse(command.request))
+                elif isinstance(command, m.Put):
+                    self._inbox.put((command, self._receive_tensor(command)))
+                else:
+                    self._inbox.put((command, None))
+        except (EOFError, OSError):
+            os._exit(0)  # the controller has hung up or is gone
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _receive_tensor(self, put: m.Put) -> torch.Tensor:
+        if put.zeros:
+            return torch.zeros(put.shape, dtype=put.dtype, device=self._device)
+        x = torch.empty(put.shape, dtype=put.dtype, device=self._device)
+        if self._device.type == "cpu":
+            self._channel.receive_into(memory_of(x))
+            return x
+        target = x.view(-1).view(torch.uint8)
+        staging = torch.empty(min(PIECE_BYTES, x.nbytes), dtype=torch.uint8, pin_memory=True)
+        for start in range(0, x.nbytes, PIECE_BYTES):
+            piece = target[start : start + PIECE_BYTES]
+            self._channel.receive_into(memory_of(staging[: piece.numel()]))
+            piece.copy_(staging[: piece.numel()])
+        return x
+
+    # The main thread.
+
+    def _carry_out(self, command: m.Command, tensor: torch.Tensor | None) -> None:
+        with self._meter:
+            match command:
+                case m.Put():
+                    assert tensor is not None
+                    self._buffers[command.buffer] = tensor
+                case m.Run():
+                    self._run(command)
+                case m.Read():
+                    self._doing = "read"
+                    self._read(command)
+                case m.Free():
+                    for buffer in command.buffers:
+                        del self._buffers[buffer]
+                case m.Load(program):
+                    self._doing = f"load program {program.name}"
+                    self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._collectives)
+            self._doing = ""
+
+    def _run(self, command: m.Run) -> None:
+        executor = self._executors[command.program]
+        slots = executor.program.inputs
+        inputs = [
+            self._buffers.pop(buffer) if slot.donated else self._buffers[buffer]
+            for slot, buffer in zip(slots, command.inputs, strict=True)
+        ]
+        self._executor = executor
+        try:
+            outputs = executor.run(inputs, command.scalars)
+        finally:
+            self._executor = None
+        self._executed += len(executor.program.instructions)
+        self._doing = "waiting for the GPU"
+        self._finish_kernels()
+        self._buffers.update(zip(command.outputs, outputs, strict=True))
+        self._channel.send(m.Done(command.step))
+
+    def _finish_kernels(self) -> None:
+        if self._device.type == "cuda":
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+            done.synchronize()
+
+    def _read(self, command: m.Read) -> None:
+        x = self._buffers[command.buffer].resolve_conj().resolve_neg().contiguous().cpu()
+        offset = 0
+        for piece in pieces(x):
+            # One message each, so that pulses get through in between.
+            self._channel.send(m.Part(command.request, offset, len(piece)), [piece])
+            offset += len(piece)
+
+    # The reporting thread.
+
+    def _report(self) -> None:
+        try:
+            while True:
+                time.sleep(PULSE_SECONDS)
+                self._channel.send(self._pulse(0))
+        except OSError:
+            pass  # the receiving thread ends the process
+
+    def _pulse(self, request: int) -> m.Pulse:
+        executed, doing, in_collective = self._executed, self._doing, False
+        executor = self._executor
+        position = executor.position(sys._current_frames().get(self._main)) if executor else None
+        if executor and position is not None:
+            instruction = executor.program.instructions[position]
+            executed += position
+            doing = f"{instruction.op} ({instruction.where})" if instruction.where else instruction.op
+            in_collective = instruction.op in NAMES
+        memory, peak = self._meter.memory()
+        return m.Pulse(
+            executed, self._meter.cpu_seconds(), doing, in_collective, memory, peak, self._meter.busy(), request
+        )
+
+
+class _Meter:
+    """What the process uses. A context manager around the main thread's work, whose share of time is `busy`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._worked = 0.0
+        self._began: float | None = None
+        self._asked = (time.monotonic(), 0.0)
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._began is not None
+        self._worked += time.monotonic() - self._began
+        self._began = None
+
+    def busy(self) -> float:
+        now, began = time.monotonic(), self._began
+        worked = self._worked + (now - began if began is not None else 0.0)
+        (then, before), self._asked = self._asked, (now, worked)
+        return min(1.0, max(0.0, (worked - before) / max(now - then, 1e-6)))
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process without that of the calling thread, whose own work is no progress."""
+        return time.process_time() - time.thread_time()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use now, and at most so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device)
+        with open("/proc/self/status") as f:
+            status = dict(line.split(":", 1) for line in f)
+        return int(status["VmRSS"].split()[0]) << 10, int(status["VmHWM"].split()[0]) << 10
+
+
+def main() -> None:
+    """The entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whether Ctrl-C ends the work is the controller's decision
+    faulthandler.enable()
+    spec = WorkerSpec.from_json(sys.stdin.readline())
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)
+    torch.set_num_threads(spec.device.threads)
+    channel = Channel(Client(spec.controller, authkey=bytes.fromhex(spec.secret)))
+    channel.send(m.Hello(spec.rank, os.getpid()))
+    Worker(spec, channel).serve()
+
+
+if __name__ == "__main__":
+    main()
