@@ -1,0 +1,43 @@
+# `make train` and `make test` need Python 3.10 or newer and make; everything else goes into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=  # for example where another build of torch is to come from
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install train test test-all bench lint
+
+install: $(INSTALLED)
+
+# torch goes first and alone: nothing that is installed later may replace the build that was chosen here.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_PIP_ARGS) '$(TORCH)'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+train: install
+	$(PY) tutorial/prepare.py
+	$(PY) tutorial/train_qwen.py \
+		--model-name-or-path tutorial/data/model --dataset-name-or-path tutorial/data/corpus \
+		--epochs 1 --batch-size 64 --block-size 64 --lr 1e-3
+	$(PY) tutorial/inference_qwen.py --max-new-tokens 32
+
+lint: install
+	$(PY) -m ruff check src tests tutorial benchmarks
+	$(PY) -m ruff format --check src tests tutorial benchmarks
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest -m "not slow"
+
+test-all: lint
+	$(PY) -m pytest
+
+bench: install
+	$(PY) -m benchmarks.capture
+	$(PY) -m benchmarks.peers
