@@ -8,21 +8,22 @@ import time
 from moai.platform import jobs
 
 
-def test_a_job_is_known_from_start_to_end(tmp_path):
+def test_a_job_is_known_from_start_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--name", "a b"])
     environ = {"XDG_STATE_HOME": str(tmp_path)}
     before = time.time()
-    job_id = jobs.start("train.py --lr 1", "Small.4GB", environ)
-    (running,) = jobs.history(environ)
-    assert (running.id, running.command, running.pid) == (job_id, "train.py --lr 1", os.getpid())
-    assert before <= running.started <= time.time()
-    assert running.ended is None
-    jobs.finish(job_id, environ)
+    job = jobs.start("Small.4GB", environ)
+    assert jobs.history(environ) == (job,)
+    assert (job.command, job.pid, job.flavor) == ("python train.py --name 'a b'", os.getpid(), "Small.4GB")
+    assert before <= job.started <= time.time()
+    assert job.ended is None
+    job.end(environ)
     (ended,) = jobs.history(environ)
     assert ended.ended is not None and ended.ended >= ended.started
 
 
 def test_programs_that_start_at_once_get_different_ids(tmp_path):
-    code = "from moai.platform import jobs; print(jobs.start('x', 'Small.4GB'))"
+    code = "from moai.platform import jobs; print(jobs.start('Small.4GB').id)"
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
     programs = [
         subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True) for _ in range(6)
@@ -33,22 +34,20 @@ def test_programs_that_start_at_once_get_different_ids(tmp_path):
 
 def test_an_id_is_never_given_twice(tmp_path):
     environ = {"XDG_STATE_HOME": str(tmp_path)}
-    first = jobs.start("a", "Small.4GB", environ)
-    jobs.finish(first, environ)
-    assert jobs.start("b", "Small.4GB", environ) != first
+    first = jobs.start("Small.4GB", environ)
+    first.end(environ)
+    assert jobs.start("Small.4GB", environ).id != first.id
 
 
 def test_a_state_folder_that_cannot_be_written_costs_the_id_only(tmp_path, caplog, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
-    environ = {"XDG_STATE_HOME": str(file)}
     monkeypatch.setattr(jobs.logger, "propagate", True)
-    assert jobs.start("x", "Small.4GB", environ) is None
-    jobs.finish(None, environ)
+    assert jobs.start("Small.4GB", {"XDG_STATE_HOME": str(file)}) is None
     assert len(caplog.records) == 1
     assert "Set XDG_STATE_HOME" in caplog.text
 
 
 def test_without_xdg_state_home_the_state_lies_under_home(tmp_path):
-    jobs.start("x", "Small.4GB", {"HOME": str(tmp_path)})
+    jobs.start("Small.4GB", {"HOME": str(tmp_path)})
     assert (tmp_path / ".local" / "state" / "moai" / "state.sqlite3").exists()
