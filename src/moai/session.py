@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from moai.capture.recorder import KEEP_BYTES, Recorder, Segment
 from moai.device import backend
 from moai.device.storage import maker
-from moai.graph.placement import Placement
-from moai.graph.step_graph import StepGraph
+from moai.graph.placement import Placement, Shard, local_shape
+from moai.graph.step_graph import StepGraph, TensorType
 from moai.lower import lower
 from moai.lower.program import Program
 from moai.plan.plan import Plan
@@ -31,12 +32,41 @@ from moai.runtime.accelerator import Accelerator, Buffer
 logger = logging.getLogger("moai")
 
 
+class Residency:
+    """Bytes of the live buffers on the fullest device."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._refs: dict[int, weakref.ref[Buffer]] = {}
+
+    def add(self, buffer: Buffer) -> None:
+        """Count a buffer until it dies."""
+        size, key = local_bytes(buffer), id(buffer)
+        self.nbytes += size
+
+        def gone(_: Any) -> None:
+            self.nbytes -= size
+            del self._refs[key]
+
+        self._refs[key] = weakref.ref(buffer, gone)
+
+
+def local_bytes(buffer: Buffer) -> int:
+    """Bytes of a buffer on the device that holds most of it."""
+    placement, shape = buffer.placement, buffer.type.shape
+    if isinstance(placement, Shard):
+        fullest = max(range(len(placement.sizes)), key=placement.sizes.__getitem__)
+        shape = local_shape(shape, placement, fullest)
+    return TensorType(shape, buffer.type.dtype).nbytes
+
+
 class Session:
     """See the module docstring. `recorder` is what the device's kernels talk to."""
 
     def __init__(self) -> None:
         self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph)
         backend.install(self.recorder)
+        self._residency = Residency()
         self._accelerator: Accelerator | None = None
         self._flavor: Flavor | None = None
         self._job: jobs.Job | None = None
@@ -120,7 +150,10 @@ class Session:
         program = self._program(segment.graph, given)
         self._check_memory(program, segment)
         self._upload(program, segment)
-        return accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
+        outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
+        for buffer in outputs:
+            self._residency.add(buffer)
+        return outputs
 
     def _program(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
         key = (id(graph), given)
@@ -136,9 +169,8 @@ class Session:
 
     def _check_memory(self, program: Program, segment: Segment) -> None:
         """Refuse a step that would not fit, before anything moves."""
-        accelerator = self.acquire()
-        here_already = {v.buffer for v in segment.inputs if v.buffer is not None}
-        others = accelerator.resident_bytes - sum(b.local_bytes for b in here_already)
+        inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
+        others = self._residency.nbytes - sum(map(local_bytes, inputs.values()))
         available = min(d.memory_bytes for d in self.flavor().devices)
         if program.peak_bytes + others > available:
             raise memory_error(program.peak_bytes + others, available)
@@ -150,6 +182,7 @@ class Session:
             for value, slot in waiting:
                 if value.buffer is None:
                     value.buffer = accelerator.upload(value.host, slot.placement)
+                    self._residency.add(value.buffer)
                     if value.host.nbytes > KEEP_BYTES:
                         value.host = None
                 progress.advance()
