@@ -1,1 +1,6 @@
-"""Floor 3: StepGraph + Plan -> Program. Knows nothing of scripts and sockets."""
+"""StepGraph + Plan -> Program: placements, collectives, memory. See `lowering.lower`."""
+
+from moai.lower.lowering import lower
+from moai.lower.program import Instruction, PerRank, Program, Slot
+
+__all__ = ["Instruction", "PerRank", "Program", "Slot", "lower"]

@@ -6,8 +6,8 @@ A Program is the same object on every device (SPMD). Numbers that differ from de
 and are resolved to the device's own number when the program is loaded.
 
 Instructions name operators by their qualified name: "aten.mm.default" and "moai.sdpa.default" are torch operators
-(`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own collectives, listed below. Instructions may
-mutate: in-place variants stand where the old value is dead. `frees` lists values whose last use this is.
+(`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own collectives, listed below.
+Instructions may mutate: in-place variants stand where the old value is dead. `frees` lists values whose last use this is.
 
 Collectives (x is a Ref; all are issued by every device in program order):
     all_reduce(x)                   -> sum over devices, a fresh tensor
@@ -37,8 +37,8 @@ class PerRank:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """`outs` as in StepGraph.Node: an id, None, or a tuple of those. `shapes` are the local shapes of the flat
-    outputs (entries may be PerRank), checked when a program runs for the first time; empty where nothing is to check."""
+    """`outs` as in StepGraph.Node: an id, None, or a tuple of those. `shapes` are the local shapes of the flat outputs
+    (entries may be PerRank), checked when a program runs for the first time; empty where nothing is to check."""
 
     op: str
     args: tuple[Any, ...]

@@ -1,0 +1,198 @@
+"""Rules of layers: softmax, norms, convolutions, pools, attention and losses by class, forwards and backwards.
+
+Their samples are independent: every rule splits the batch, and a weight's gradient is a sum over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moai.graph.rules.dims import Call, DimFactors, Dims, Rule
+from moai.graph.rules.pointwise import broadcast
+from moai.graph.rules.views import along
+from moai.graph.step_graph import TensorType
+
+aten = torch.ops.aten
+moai = torch.ops.moai
+
+NONE, MEAN, SUM = 0, 1, 2  # values of the `reduction` argument of losses
+
+_PER_SAMPLE = frozenset({"grad_out", "grad_output", "input", "mean", "rstd"})
+
+
+def _whole(tensor: TensorType) -> DimFactors:
+    return (None,) * len(tensor.shape)
+
+
+def _batch(tensor: TensorType) -> DimFactors:
+    """Split by dim 0 alone."""
+    return ("n", *(None,) * (len(tensor.shape) - 1)) if tensor.shape else ()
+
+
+def _inputs(call: Call, named: Mapping[str, DimFactors]) -> tuple[DimFactors, ...]:
+    """The factors of the arguments in `named`; every other tensor stays whole."""
+    return tuple(named.get(n, _whole(t)) for n, t in zip(call.input_names, call.inputs, strict=True))
+
+
+def _per_sample(call: Call) -> tuple[DimFactors, ...]:
+    """Samples and their statistics are split by dim 0; weights stay whole."""
+    return _inputs(call, {n: _batch(t) for n, t in zip(call.input_names, call.inputs, strict=True) if n in _PER_SAMPLE})
+
+
+def _gradients(call: Call, of_input: DimFactors) -> tuple[DimFactors, ...]:
+    """The factors of a backward's outputs: those of the input's gradient (if asked for), then whole weights."""
+    whole = [_whole(t) for t in call.outputs]
+    # An absent gradient comes as None, or, with some operators, as an unused tensor.
+    if call["output_mask"][0]:
+        whole[0] = of_input
+    return tuple(whole)
+
+
+def trailing_norm(call: Call) -> Dims | None:
+    """layer norm and RMS norm: the dims before `normalized_shape` are free."""
+    rank = len(call.inputs[0].shape)
+    lead = rank - len(call["normalized_shape"])
+    if lead == 0:
+        return None
+    free = (*range(lead), *(None,) * (rank - lead))
+    inputs = _inputs(call, dict.fromkeys(("grad_out", "input", "mean", "rstd"), free))
+    if "output_mask" not in call.args:
+        return Dims(inputs, (free,) * len(call.outputs))
+    return Dims(inputs, _gradients(call, free), summed=frozenset(range(lead)))
+
+
+def group_norm(call: Call) -> Dims:
+    inputs = _per_sample(call)
+    if "output_mask" not in call.args:
+        return Dims(inputs, tuple(map(_batch, call.outputs)), sizes={"N": ("n",)})
+    return Dims(inputs, _gradients(call, _batch(call.inputs[0])), summed=frozenset("n"), sizes={"N": ("n",)})
+
+
+def convolution(call: Call) -> Dims:
+    inputs = _per_sample(call)
+    if call.op is aten.convolution.default:
+        return Dims(inputs, (_batch(call.outputs[0]),))
+    return Dims(inputs, _gradients(call, _batch(call.inputs[0])), summed=frozenset("n"))
+
+
+def batch_norm_inference(call: Call) -> Dims | None:
+    """Batch norm with its running statistics; over the batch's own ones, `lower` takes it apart."""
+    if call.args.get("training"):
+        return None
+    outputs = (_batch(call.outputs[0]), *map(_whole, call.outputs[1:]))
+    if any(t.numel for t in call.outputs[1:]):  # statistics of the running kind: the same on every device
+        return None
+    return Dims(_inputs(call, {"input": _batch(call.inputs[0])}), outputs, summed=frozenset("n"))
+
+
+def batch_norm_backward(call: Call) -> Dims | None:
+    if call["train"]:
+        return None
+    batch = _batch(call.inputs[0])
+    inputs = _inputs(call, {"grad_out": batch, "input": batch})
+    return Dims(inputs, _gradients(call, batch), summed=frozenset("n"))
+
+
+def by_sample(call: Call) -> Dims:
+    """Pools and resizings: dim 0 (samples, or channels without them) is free in every tensor."""
+    sizes = {"input_size": ("n",)} if "input_size" in call.args else {}
+    return Dims(tuple(map(_batch, call.inputs)), tuple(map(_batch, call.outputs)), sizes=sizes)
+
+
+def attention(call: Call) -> Dims:
+    """Scaled dot-product attention by its leading dims; heads stay whole, as queries may share them."""
+    rank = len(call.type_of(call["q"]).shape)
+    lead = rank - 3 if rank > 3 else 0
+    out = TensorType(call.type_of(call["q"]).shape[:lead], torch.float32)
+
+    def dims(tensor: TensorType) -> DimFactors:
+        shape = tensor.shape[:lead]
+        return (*broadcast(TensorType(shape, tensor.dtype), out), *(None,) * (len(tensor.shape) - lead))
+
+    def mask_dims(tensor: TensorType) -> DimFactors:
+        """A mask is broadcast: it may have fewer leading dims."""
+        own = max(len(tensor.shape) - (rank - lead), 0)
+        ahead = broadcast(TensorType(tensor.shape[:own], tensor.dtype), out)
+        return (*ahead, *(None,) * (len(tensor.shape) - own))
+
+    inputs = tuple(mask_dims(t) if n == "mask" else dims(t) for n, t in zip(call.input_names, call.inputs, strict=True))
+    return Dims(inputs, tuple(map(dims, call.outputs)))
+
+
+def class_loss(call: Call) -> Dims | None:
+    """nll_loss of scores [N, C, ...] and targets [N, ...]: (loss, total weight) are sums over the samples."""
+    scores = call.type_of(call["self"])
+    unbatched = len(scores.shape) == 1
+    if unbatched or call["reduction"] == MEAN:
+        return None
+    inputs = _inputs(call, {"self": _batch(scores), "target": _batch(call.type_of(call["target"]))})
+    loss, weight = call.outputs
+    return Dims(inputs, (_batch(loss), _whole(weight)), summed=frozenset("n"))
+
+
+def class_loss_backward(call: Call) -> Dims | None:
+    """A mean's backward divides by `total_weight`, which is the global one: no part needs to know the others."""
+    scores = call.type_of(call["self"])
+    if len(scores.shape) == 1:
+        return None
+    grad = call.type_of(call["grad_output"])
+    named = {"self": _batch(scores), "target": _batch(call.type_of(call["target"]))}
+    if grad.shape:
+        named["grad_output"] = _batch(grad)
+    return Dims(_inputs(call, named), (_batch(scores),))
+
+
+_SAMPLEWISE = (
+    aten.max_pool2d_with_indices.default, aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices.default, aten.max_pool3d_with_indices_backward.default,
+    aten.avg_pool2d.default, aten.avg_pool2d_backward.default,
+    aten.avg_pool3d.default, aten.avg_pool3d_backward.default,
+    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default,
+    aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest1d_backward.default,
+    aten.upsample_nearest2d.default, aten.upsample_nearest2d_backward.default,
+    aten.upsample_bilinear2d.default, aten.upsample_bilinear2d_backward.default,
+    aten.upsample_bicubic2d.default, aten.upsample_bicubic2d_backward.default,
+    aten.reflection_pad2d.default, aten.reflection_pad2d_backward.default,
+    aten.replication_pad2d.default, aten.replication_pad2d_backward.default,
+)  # fmt: skip
+
+RULES: dict[torch._ops.OpOverload, Rule] = {
+    **dict.fromkeys(
+        (
+            aten._softmax.default,
+            aten._log_softmax.default,
+            aten._softmax_backward_data.default,
+            aten._log_softmax_backward_data.default,
+            aten.glu.default,
+            aten.glu_backward.default,
+        ),
+        along,
+    ),
+    **dict.fromkeys(
+        (
+            aten.native_layer_norm.default,
+            aten.native_layer_norm_backward.default,
+            aten._fused_rms_norm.default,
+            aten._fused_rms_norm_backward.default,
+        ),
+        trailing_norm,
+    ),
+    **dict.fromkeys((aten.native_group_norm.default, aten.native_group_norm_backward.default), group_norm),
+    **dict.fromkeys((aten.convolution.default, aten.convolution_backward.default), convolution),
+    **dict.fromkeys(
+        (
+            aten.native_batch_norm.default,
+            aten._native_batch_norm_legit_functional.default,
+            aten._native_batch_norm_legit_no_training.default,
+        ),
+        batch_norm_inference,
+    ),
+    aten.native_batch_norm_backward.default: batch_norm_backward,
+    **dict.fromkeys(_SAMPLEWISE, by_sample),
+    **dict.fromkeys((moai.sdpa.default, moai.sdpa_backward.default), attention),
+    **dict.fromkeys((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), class_loss),
+    **dict.fromkeys((aten.nll_loss_backward.default, aten.nll_loss2d_backward.default), class_loss_backward),
+}

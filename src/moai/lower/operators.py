@@ -1,0 +1,82 @@
+"""Facts about the operators that instructions name: which share an argument's memory, which have an in-place form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+import moai.graph.ops  # noqa: F401  (registers torch.ops.moai)
+from moai.lower.program import Instruction
+
+aten = torch.ops.aten
+
+COLLECTIVES = frozenset({"all_reduce", "all_reduce_start", "wait", "all_gather"})
+
+# Their results share memory with the argument although their schemas do not say so.
+_SILENT_VIEWS = frozenset(
+    {
+        str(op)
+        for op in (
+            aten.reshape.default,
+            aten.contiguous.default,
+            aten.unsafe_split.Tensor,
+            aten.unsafe_split_with_sizes.default,
+        )
+    }
+)
+
+
+@cache
+def operator(name: str) -> torch._ops.OpOverload:
+    """The operator that an instruction names ("aten.mm.default")."""
+    space, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, space), packet), overload)
+
+
+@cache
+def is_view(name: str) -> bool:
+    """Whether results may share memory with an argument."""
+    if name in COLLECTIVES:
+        return False
+    if name in _SILENT_VIEWS:
+        return True
+    op = operator(name)
+    # A composite operator may return its argument; nobody promised that it does not.
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    returned = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+    return returned or composite
+
+
+def overlaps_itself(instruction: Instruction) -> bool:
+    """Whether one entry of memory stands for several of the result: nothing may be written into it."""
+    return instruction.op == "aten.expand.default"
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """The in-place form of an operator. `mutated`: positions of the arguments it overwrites, in the order in which the
+    functional form returns their new contents."""
+
+    op: str
+    mutated: tuple[int, ...]
+
+
+@cache
+def in_place_form(name: str) -> InPlace | None:
+    """The operator that differs from `name` only in that it writes its results over arguments, if there is one."""
+    if name in COLLECTIVES or is_view(name):
+        return None
+    op = operator(name)
+    space, packet, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, space), packet + "_", None), overload, None)
+    if found is None:
+        return None
+    theirs, ours = found._schema.arguments, op._schema.arguments
+    if [a.name for a in theirs] != [a.name for a in ours]:
+        return None
+    mutated = tuple(i for i, a in enumerate(theirs) if a.alias_info is not None and a.alias_info.is_write)
+    if not mutated or len(mutated) != len(op._schema.returns):
+        return None
+    return InPlace(str(found), mutated)
