@@ -17,11 +17,14 @@ What a script can still notice:
 * Messages written by C++ say "moai:0", e.g. "found at least two devices, moai:0 and cpu".
   `torch.utils.rename_privateuse1_backend` cannot take the name "cuda".
 * The classes `torch.cuda.FloatTensor` and so on cannot be called, and no tensor is an instance of them.
-* `torch.empty(..., pin_memory=True)` and the other factories raise NotImplementedError, as there is no allocator of
-  pinned memory; `Tensor.pin_memory()` and `DataLoader(pin_memory=True)` work and pin nothing.
+* `pin_memory` is accepted everywhere and pins nothing; `Tensor.is_pinned()` is always False.
+* `torch.zeros` and the other factories are Python functions. A `TorchFunctionMode` gets the built-in ones, so
+  `func is torch.zeros` is False there.
+* `torch.Stream("cuda")`, `torch.Event("cuda")` and `torch.UntypedStorage(n, device="cuda")` are refused by C++;
+  `torch.cuda.Stream`, `torch.cuda.Event` and storages of tensors are what works.
 * A generator of the accelerator that is passed to an operator on CPU tensors is not refused.
 * `x.data = y` across devices, and so `Module.cuda()`, exchanges tensors: it fails for a parameter that a weak
-  reference points to or that a live autograd graph holds.
+  reference points to, or that a live autograd graph or a TorchScript module holds.
 * Random numbers are reproducible for a seed but are not those of a GPU.
 * `torch.compile` does not trace through replaced functions that it knows by identity (autocast switches).
 """
@@ -72,12 +75,13 @@ def turn_on() -> bool:
 def _install() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    from moai.device import autocast, generator, serialization, tensors, torch_cuda, torch_device
+    from moai.device import autocast, factories, generator, serialization, tensors, torch_cuda, torch_device
 
     _setup_privateuseone_for_python_backend(torch_device.NAME, torch.cuda, _Hooks())
     torch_device.install()
     generator.install()
     torch_cuda.install()
     tensors.install()
+    factories.install()
     autocast.rename()
     serialization.install()

@@ -188,16 +188,16 @@ def _is_eligible(arg: Any) -> bool:
 
 
 def _widest(args: Iterable[Any]) -> torch.dtype:
-    widest = torch.get_autocast_dtype(NAME)
-    for arg in args:
-        if isinstance(arg, list | tuple):
-            inner = _widest(arg)
-            widest = torch.float32 if inner == torch.float32 else widest
-        elif _is_eligible(arg):
-            if arg.dtype not in (widest, torch.float32):
-                raise RuntimeError(f"Unexpected floating ScalarType in at::autocast::prioritize: {arg.dtype}")
-            widest = torch.float32 if arg.dtype == torch.float32 else widest
-    return widest
+    """fp32 if any of the tensors is, else autocast's type. Raises RuntimeError for a third type among them."""
+    lower = torch.get_autocast_dtype(NAME)
+    flat = (item for arg in args for item in (arg if isinstance(arg, list | tuple) else (arg,)))
+    dtypes = {item.dtype for item in flat if _is_eligible(item)}
+    if torch.float32 in dtypes:
+        return torch.float32
+    if dtypes - {lower}:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise RuntimeError(f"Autocast to {lower} cannot promote operands of {names}. Cast them to one type first.")
+    return lower
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:
@@ -212,6 +212,7 @@ def _cast(arg: Any, dtype: torch.dtype) -> Any:
         and arg.is_leaf
         and not arg._is_view()
         and torch.is_autocast_cache_enabled()
+        and torch.is_grad_enabled()  # a cast without a gradient must not be found by code that needs one
     )
     if not keep:
         return arg.to(dtype)

@@ -21,6 +21,11 @@ class Generator(torch.Generator):
 
     stream: rng.Stream
 
+    def use(self, stream: rng.Stream) -> None:
+        """Gives operators their seeds from `stream` from now on."""
+        self.stream = stream
+        rng.attach(self, stream)
+
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda", 0)
@@ -62,7 +67,7 @@ def default() -> Generator:
     """The generator behind `torch.cuda.manual_seed`: it shares the accelerator's default stream."""
     generator = torch.Generator("cuda")
     assert isinstance(generator, Generator)
-    generator.stream = rng.default_stream()
+    generator.use(rng.default_stream())
     return generator
 
 
@@ -75,7 +80,7 @@ def install() -> None:
         if device.type != "cuda":
             return construct(cls, (device,), {})
         generator = construct(Generator, (), {})
-        generator.stream = rng.Stream()
+        generator.use(rng.Stream())
         return generator
 
     inplace.change(torch.Generator, {"__new__": staticmethod(new)})

@@ -8,7 +8,7 @@ dropout masks differ from those of a GPU with the same seed.
 from __future__ import annotations
 
 import struct
-from typing import Any
+import weakref
 
 import torch
 
@@ -20,7 +20,7 @@ DEFAULT_SEED = 67280421310721  # torch's own, c10::detail::default_rng_seed_val
 class Stream:
     """A sequence of operator seeds: a seed, and how many were drawn."""
 
-    __slots__ = ("offset", "seed")
+    __slots__ = ("__weakref__", "offset", "seed")
 
     def __init__(self, seed: int = DEFAULT_SEED) -> None:
         self.reseed(seed)
@@ -53,6 +53,7 @@ class Stream:
 
 
 _default = Stream()
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 
 
 def manual_seed(seed: int) -> None:
@@ -80,15 +81,22 @@ def default_stream() -> Stream:
     return _default
 
 
-def next_seed(generator: Any = None) -> int:
+def attach(generator: torch.Generator, stream: Stream) -> None:
+    """Gives `generator` the stream that operators on the accelerator draw from, for as long as the stream lives.
+
+    Known by the address of its C++ half: C++ hands operators another Python object for the same generator.
+    """
+    _streams[generator._cdata] = stream  # type: ignore[attr-defined]
+
+
+def next_seed(generator: torch.Generator | None = None) -> int:
     """The seed of the next random operator, 0 <= seed < 2**63, drawn from `generator` or from the default stream.
 
     Raises RuntimeError if the generator is another device's.
     """
-    if generator is None:
-        return _default.next_seed()
-    stream = getattr(generator, "stream", None)
-    if not isinstance(stream, Stream):
+    stream = _default if generator is None else _streams.get(generator._cdata)  # type: ignore[attr-defined]
+    if stream is None:
+        assert generator is not None
         raise RuntimeError(
             f"Expected a 'cuda' device type for generator but found '{generator.device.type}'. "
             "Use torch.Generator('cuda') for tensors on the accelerator."

@@ -41,13 +41,62 @@ def install() -> None:
         """This storage on the accelerator."""
         return to_anywhere(self, device=device)
 
-    for name, method in {"clone": clone_anywhere, "to": to_anywhere, "cpu": cpu, "cuda": cuda}.items():
-        setattr(torch.UntypedStorage, name, method)
+    write_file, set_from_file = torch.UntypedStorage._write_file, torch.UntypedStorage._set_from_file
+
+    def write_file_anywhere(self: torch.UntypedStorage, *args: Any) -> None:
+        write_file(self.cpu(), *args)
+
+    def set_from_file_anywhere(self: torch.UntypedStorage, *args: Any) -> None:
+        host = self if self.device.type == "cpu" else torch.UntypedStorage(self.nbytes())
+        set_from_file(host, *args)
+        if host is not self:
+            as_bytes(self).copy_(as_bytes(host))
+
+    replacements = {
+        "clone": clone_anywhere,
+        "to": to_anywhere,
+        "cpu": cpu,
+        "cuda": cuda,
+        "_write_file": write_file_anywhere,
+        "_set_from_file": set_from_file_anywhere,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.UntypedStorage, name, replacement)
+    _rebuild_with_types()
 
 
 def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     """The whole storage as uint8[nbytes], where it lies."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def _rebuild_with_types() -> None:
+    """Storages are loaded as bytes, before it is known of what: gives them the type of the first tensor built."""
+    rebuild = torch._utils._rebuild_tensor
+
+    def rebuild_typed(storage: Any, offset: int, size: Any, stride: Any) -> torch.Tensor:
+        tensor = rebuild(storage, offset, size, stride)
+        if tensor.is_cuda:
+            _give_type(tensor)
+        return tensor
+
+    torch._utils._rebuild_tensor = rebuild_typed
+
+
+def _give_type(tensor: torch.Tensor) -> None:
+    from moai.capture.meta import is_dense
+    from moai.capture.values import record_of
+
+    record = record_of(tensor)
+    value = record.value
+    untouched = record.epoch == -1 and value is not None and value.host is not None and value.buffer is None
+    if not untouched or record.base[2] != torch.uint8 or tensor.dtype == torch.uint8:
+        return
+    assert value is not None and value.host is not None
+    host = value.host.view(tensor.dtype)
+    if tensor.numel() == host.numel() and is_dense(tensor.size(), tensor.stride()):
+        host = host.as_strided(tensor.size(), tensor.stride())
+    value.host, record.base = host, (tuple(host.size()), host.stride(), host.dtype)
 
 
 def _tag(storage: Any) -> str | None:

@@ -37,27 +37,10 @@ def install() -> None:
     torch._has_compatible_shallow_copy_type = _can_set_data(torch._has_compatible_shallow_copy_type)
     torch._C._nn._parse_to = _parse_to(torch._C._nn._parse_to)  # type: ignore[attr-defined]
 
-    # Torch remembers which functions obey a default device by the functions themselves: let it see its own.
-    from torch.utils._device import _device_constructors
 
-    _device_constructors()
-    torch.as_tensor = _device_keyword(torch.as_tensor)
-    torch.asarray = _device_keyword(torch.asarray)
-
-
-def _named(device: Any) -> Any:
+def named(device: Any) -> Any:
     """A device said as a string becomes a `torch.device`; anything else stays."""
     return torch.device(device) if isinstance(device, str) and device.startswith("cuda") else device
-
-
-def _device_keyword(function: Function) -> Function:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs["device"] = _named(kwargs["device"])
-        return function(*args, **kwargs)
-
-    return call
 
 
 def _device_first(to: Function) -> Function:
@@ -66,9 +49,9 @@ def _device_first(to: Function) -> Function:
     @functools.wraps(to)
     def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
-            args = (_named(args[0]), *args[1:])
+            args = (named(args[0]), *args[1:])
         elif "device" in kwargs:
-            kwargs["device"] = _named(kwargs["device"])
+            kwargs["device"] = named(kwargs["device"])
         return to(self, *args, **kwargs)
 
     return call
@@ -80,9 +63,9 @@ def _parse_to(parse: Function) -> Function:
     @functools.wraps(parse)
     def call(*args: Any, **kwargs: Any) -> Any:
         if args:
-            args = (_named(args[0]), *args[1:])
+            args = (named(args[0]), *args[1:])
         elif "device" in kwargs:
-            kwargs["device"] = _named(kwargs["device"])
+            kwargs["device"] = named(kwargs["device"])
         return parse(*args, **kwargs)
 
     return call

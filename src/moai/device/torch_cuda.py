@@ -71,10 +71,10 @@ def _lazy_init() -> None:
             "'spawn' start method"
         )
     if _opened_in is None:
-        from moai import session
         from moai.device import autocast
+        from moai.session import current
 
-        session.current()
+        current()
         autocast.install()
         _opened_in = os.getpid()
 
@@ -101,10 +101,10 @@ def check_index(device: Any) -> None:
 
 def get_device_name(device: Any = None) -> str:
     """The accelerator's display name. Asking for it acquires the accelerator."""
-    from moai import session
+    from moai.session import current
 
     check_index(device)
-    session.current().acquire()
+    current().acquire()
     return _name()
 
 
@@ -139,10 +139,10 @@ def can_device_access_peer(device: Any, peer_device: Any) -> bool:
 
 def synchronize(device: Any = None) -> None:
     """Returns when everything that the script has asked for is done."""
-    from moai import session
+    from moai.session import current
 
     check_index(device)
-    session.current().synchronize()
+    current().synchronize()
 
 
 def ipc_collect() -> None:

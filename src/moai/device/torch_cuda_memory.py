@@ -30,11 +30,14 @@ __all__ = [
 ]
 
 
+_peak_at_reset = 0
+
+
 def _figures() -> tuple[int, int, int]:
     """Bytes: used, the most ever used, and all there are."""
-    from moai import session
+    from moai.session import current
 
-    return session.current().memory()
+    return current().memory()
 
 
 def memory_allocated(device: Any = None) -> int:
@@ -42,7 +45,12 @@ def memory_allocated(device: Any = None) -> int:
 
 
 def max_memory_allocated(device: Any = None) -> int:
-    return _figures()[1]
+    """The most bytes in use since the peak was reset.
+
+    The devices keep one peak for the whole run: one that stayed below an earlier one counts as what is in use now.
+    """
+    used, peak, _ = _figures()
+    return peak if peak > _peak_at_reset else used
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -56,9 +64,8 @@ max_memory_reserved = max_memory_cached = max_memory_allocated
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:
-    from moai import session
-
-    session.current().reset_peak_memory()
+    global _peak_at_reset
+    _peak_at_reset = _figures()[1]
 
 
 reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
@@ -84,7 +91,7 @@ def get_allocator_backend() -> str:
 
 def memory_stats(device: Any = None) -> dict[str, Any]:
     """The figures under the names that torch's own allocator has for them."""
-    used, peak, _ = _figures()
+    used, peak = memory_allocated(), max_memory_allocated()
     names = ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes")
     stats: dict[str, Any] = OrderedDict()
     for name in names:
@@ -93,7 +100,7 @@ def memory_stats(device: Any = None) -> dict[str, Any]:
 
 
 def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
-    used, peak, _ = _figures()
+    used, peak = memory_allocated(), max_memory_allocated()
     return {"allocated_bytes": {"all": {"current": used, "peak": peak}}}
 
 

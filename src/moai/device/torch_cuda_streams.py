@@ -124,6 +124,6 @@ def set_stream(stream: Stream | None) -> None:
 
 
 def _synchronize() -> None:
-    from moai import session
+    from moai.session import current
 
-    session.current().synchronize()
+    current().synchronize()
