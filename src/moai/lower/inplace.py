@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moai.graph.step_graph import Ref, flat_ids, refs
+from moai.graph.step_graph import Ref, flat_ids, map_args, refs
 from moai.lower.cleanup import renamed_refs, uses
 from moai.lower.memory import Regions
 from moai.lower.operators import in_place_form, is_view, operator, overlaps_itself
@@ -70,16 +70,18 @@ class _Walk:
         in_list = any(isinstance(instruction.args[p], tuple) for p in form.mutated)
         if not (any(free) if in_list else all(free)):
             return False
-        copies: dict[int, int] = {}  # of elements of a list that are needed later
+        targets = []  # what is written: by position, since a list may hold one value twice
         for x, y, may in zip(overwritten, results, free, strict=True):
             if may:
                 self._regions.join(y, x)
                 self.renamed[y] = self.renamed.get(x, x)
-            else:
-                self.renamed[y] = copies[x] = self._copy(x, instruction.where)
+            else:  # an element of a list that is needed later
+                self.renamed[y] = self._copy(x, instruction.where)
+            targets.append(Ref(self.renamed[y]))
         args = list(renamed_refs(instruction.args, self.renamed))
+        target = iter(targets)
         for p in form.mutated:
-            args[p] = renamed_refs(instruction.args[p], self.renamed | copies)
+            args[p] = map_args(instruction.args[p], lambda leaf: next(target) if isinstance(leaf, Ref) else leaf)
         kwargs = renamed_refs(instruction.kwargs, self.renamed)
         self.out.append(Instruction(form.op, tuple(args), kwargs, None, (), (), instruction.where))
         return True
