@@ -53,7 +53,7 @@ def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
     """A copy of an input's content, if it is at hand and small."""
     if value.role == "undefined" and base is not None:
         size, stride, dtype = base
-        return torch.zeros(1, dtype=dtype).expand(size).clone() if numel(size) <= MAX_ELEMENTS else None
+        return torch.empty_strided(size, stride, dtype=dtype).zero_() if numel(size) <= MAX_ELEMENTS else None
     if value.host is None or value.host.numel() > MAX_ELEMENTS:
         return None
     return value.host.clone()
