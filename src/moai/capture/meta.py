@@ -45,6 +45,8 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise NoShapes(str(error)) from error
     if op._schema.returns and not isinstance(result, (torch.Tensor, list, tuple)):
         raise NoShapes(f"{operator.name} returns a number")
+    if operator.output_mask is not None:
+        result = tuple(r if wanted else None for r, wanted in zip(result, args[operator.output_mask], strict=True))
     _results[key] = result
     return result
 

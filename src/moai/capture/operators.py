@@ -18,9 +18,10 @@ UNANNOTATED_WRITERS = frozenset({"aten::native_batch_norm", "aten::batch_norm_up
 
 class Operator:
     """`mutated`: positions of the arguments that are written. `returned`: for every return value, the index into `mutated`
-    of the argument that it is, or None for a new tensor. `takes_device`: it has a `device` argument."""
+    of the argument that it is, or None for a new tensor. `takes_device`: it has a `device` argument. `output_mask`: position
+    of the argument that says which of the results are wanted, if there is one."""
 
-    __slots__ = ("mutated", "mutated_names", "name", "op", "returned", "takes_device")
+    __slots__ = ("mutated", "mutated_names", "name", "op", "output_mask", "returned", "takes_device")
 
     def __init__(self, op: torch._ops.OpOverload) -> None:
         schema = op._schema
@@ -31,7 +32,9 @@ class Operator:
         self.mutated_names = tuple(a.name for _, a in written)
         position = iter(range(len(written)))
         self.returned = tuple(next(position) if r.alias_info else None for r in schema.returns)
-        self.takes_device = any(a.name == "device" for a in schema.arguments)
+        names = [a.name for a in schema.arguments]
+        self.takes_device = "device" in names
+        self.output_mask = names.index("output_mask") if "output_mask" in names else None
 
     def __repr__(self) -> str:
         return self.name

@@ -13,7 +13,7 @@ import torch
 
 from moai.capture.operators import Operator
 from moai.capture.recorder import Recorder
-from moai.device import attention, kernels, random
+from moai.device import attention, kernels, random, recurrent
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def install(recorder: Recorder) -> None:
     """Register all kernels. Call once a process."""
     library = torch.library.Library("aten", "IMPL")
     _libraries.append(library)
-    own = kernels.table(recorder) | random.table(recorder)
+    own = kernels.table(recorder) | random.table(recorder) | recurrent.table()
     for name, kernel in own.items():
         library.impl(name, kernel, "PrivateUse1")
     for name in ("empty.memory_format", "empty_strided"):
@@ -47,6 +47,8 @@ def install(recorder: Recorder) -> None:
         library.impl(name, kernel, "CUDA")
     for name in _recorded_names(set(own) | set(_FACTORIES)):
         library.impl(name, _recording(recorder, _overload(name)), "PrivateUse1")
+    for name, kernel in recurrent.table().items():
+        library.impl(name, kernel, "AutogradPrivateUse1")
     attention.install(recorder, library)
 
 

@@ -130,6 +130,8 @@ def _copies(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         memory_format: Any = None,
     ) -> torch.Tensor:
         kwargs = {k: v for k, v in (("dtype", dtype), ("memory_format", memory_format)) if v is not None}
+        if not on_accelerator(self):  # torch dispatches by the device asked for
+            return recorder.upload(aten._to_copy.default(self, **kwargs) if kwargs else self)
         if device is None or device.type not in ("cpu", "meta"):
             return recorder.record(cast, (self,), kwargs)
         if device.type == "meta":
@@ -168,8 +170,15 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     def native_batch_norm(
         x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
     ) -> Any:
-        """The schema of native_batch_norm hides that it updates the running statistics: write them openly."""
-        if not training or mean is None:
+        """The schema of native_batch_norm hides that it updates the running statistics: write them openly. With given
+        statistics it is arithmetic (torch's kernel then returns statistics of a shape that differs between devices)."""
+        if not training:
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            nothing = torch.empty(0, dtype=mean.dtype, device=x.device)
+            return (x * scale.view(shape) + shift.view(shape)).to(x.dtype), nothing, nothing
+        if mean is None:
             return recorder.record(batch_norm, (x, weight, bias, mean, var, training, momentum, eps), {})
         functional = aten._native_batch_norm_legit_functional.default
         out, save_mean, save_rstd, new_mean, new_var = functional(x, weight, bias, mean, var, training, momentum, eps)
