@@ -35,6 +35,7 @@ class _Converter:
         self._outputs: list[Output] = []
         self._nodes: list[Node] = []
         self._replacing: dict[int, int] = {}
+        self._returned: dict[torch.fx.Node, torch.fx.Node] = {}  # result of an in-place operator -> what it overwrote
         self._where = where
         for node in traced.graph.nodes:
             self._convert(node)
@@ -51,7 +52,7 @@ class _Converter:
             self._inputs.append(self._ids[node])
             self._placeholders.append(node)
         elif node.op == "output":
-            self._outputs = [Output(self._ids[a]) for a in node.args[0] if isinstance(a, torch.fx.Node)]
+            self._outputs = [Output(self._ids[self._target(a)]) for a in node.args[0] if isinstance(a, torch.fx.Node)]
         elif node.op == "call_function" and node.target is operator.getitem:
             self._ids[node] = self._ids[node.args[0]][node.args[1]]
         elif node.op == "call_function":
@@ -65,18 +66,24 @@ class _Converter:
         args, kwargs = self._args(node.args), {k: self._args(v) for k, v in node.kwargs.items()}
         bound = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False))
         overwritten = [bound[name] for name in written]
-        outs = self._outs(node.meta["val"])
-        if written:
+        if not written:
+            outs = self._outs(node.meta["val"])
+        else:
             outs = tuple(map(self._like, overwritten)) if len(op._schema.returns) > 1 else self._like(overwritten[0])
             for target, new in zip(overwritten, outs if len(written) > 1 else (outs,), strict=True):
                 self._overwrite(target, new)
         self._nodes.append(Node(op, args, kwargs, outs, Origin("forward", where=self._where)))
         self._ids[node] = outs
+        if len(written) == 1 and isinstance(overwritten[0], torch.fx.Node):
+            self._returned[node] = self._target(overwritten[0])  # x.mul_(2) is x
+
+    def _target(self, node: torch.fx.Node) -> torch.fx.Node:
+        return self._returned.get(node, node)
 
     def _like(self, target: Any) -> Any:
         """Fresh ids for the new contents of `target`, a node or a list of nodes."""
         if isinstance(target, torch.fx.Node):
-            self._types.append(self._types[self._ids[target]])
+            self._types.append(self._types[self._ids[self._target(target)]])
             return len(self._types) - 1
         return tuple(map(self._like, target))
 
@@ -85,6 +92,7 @@ class _Converter:
             for t, n in zip(target, new, strict=True):
                 self._overwrite(t, n)
             return
+        target = self._target(target)
         self._ids[target] = new
         if target.op == "placeholder":
             self._replacing[self._placeholders.index(target)] = new
@@ -97,7 +105,7 @@ class _Converter:
 
     def _args(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
-            return Ref(self._ids[value])
+            return Ref(self._ids[self._target(value)])
         return tuple(self._args(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 

@@ -14,6 +14,7 @@ import torch
 
 from moai.graph.placement import Placement, Shard
 from moai.graph.rules.dims import Call, argument_names
+from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.nn import MEAN, SUM
 from moai.graph.step_graph import Node, Ref, TensorType, map_args
 from moai.lower.values import Values
@@ -151,10 +152,10 @@ def plus_product(build: Builder, placements: Sequence[Placement]) -> None:
 
 
 def accumulate(build: Builder, placements: Sequence[Placement]) -> None:
-    """index_put(accumulate=True): what is added is summed apart from what is there."""
+    """index_put(accumulate=True) and its like: what is added is summed apart from what is there."""
     call = build.call
     target: Ref = call["self"]
-    if not call["accumulate"] or build.is_zero(target):
+    if not call.args.get("accumulate", True) or build.is_zero(target):
         return
     into = call.type_of(target)
     zeros = build(aten.full.default, into.shape, 0, out=build.new(into), dtype=into.dtype)
@@ -249,7 +250,7 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[[Builder, Sequence[Placemen
     **dict.fromkeys(_LOSSES, mean_loss),
     **dict.fromkeys(_LOSS_BACKWARDS, mean_loss_backward),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default, aten.addmv.default), plus_product),
-    **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), accumulate),
+    **dict.fromkeys(INTO_ZEROS, accumulate),
     **dict.fromkeys(
         (
             aten.native_batch_norm.default,

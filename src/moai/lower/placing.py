@@ -30,7 +30,7 @@ from moai.graph.rules.dims import (
     output_placement,
     split_for,
 )
-from moai.graph.rules.indexing import index_put_into_zeros
+from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.linear import adds_a_number, keeps_partial
 from moai.graph.rules.pointwise import broadcast
 from moai.graph.step_graph import Node, Origin, Ref, flat_ids, map_args
@@ -40,7 +40,6 @@ from moai.lower.values import Values, offsets, per_rank
 
 aten = torch.ops.aten
 
-_INDEX_PUTS = frozenset({aten.index_put.default, aten._unsafe_index_put.default})
 _FOREACH_REDUCTIONS = frozenset({aten._foreach_norm.Scalar, aten._foreach_max.default})
 
 
@@ -109,9 +108,8 @@ class Placer:
         return self._emit(_localised(node, dims, split), ids, outputs)
 
     def _dims(self, call: Call) -> Dims | None:
-        if call.op in _INDEX_PUTS and call["accumulate"] and self._values.is_zero(call["self"].id):
-            return index_put_into_zeros(call)
-        rule = rule_of(call.op)
+        into_zeros = INTO_ZEROS.get(call.op)
+        rule = into_zeros if into_zeros and self._values.is_zero(call["self"].id) else rule_of(call.op)
         return None if rule is None else rule(call)
 
     def _stays_partial(self, call: Call, ids: Sequence[int]) -> bool:

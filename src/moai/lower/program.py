@@ -7,7 +7,7 @@ and are resolved to the device's own number when the program is loaded.
 
 Instructions name operators by their qualified name: "aten.mm.default" and "moai.sdpa.default" are torch operators
 (`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own collectives, listed below.
-Instructions may mutate: in-place variants stand where the old value is dead. `frees` lists values whose last use this is.
+Instructions may mutate: in-place variants stand where the old value is dead. `frees` lists values whose last use it is.
 
 Collectives (x is a Ref; all are issued by every device in program order):
     all_reduce(x)                   -> sum over devices, a fresh tensor

@@ -93,8 +93,9 @@ def index_put(call: Call) -> Dims | None:
     return Dims((free, *((None,) * len(p) for p in picked), value_dims), (free,))
 
 
-def index_put_into_zeros(call: Call) -> Dims | None:
-    """index_put(accumulate) whose target holds zeros: a sum over the indexed entries."""
+def _index_put_into_zeros(call: Call) -> Dims | None:
+    if not call["accumulate"]:
+        return index_put(call)
     found = _index_dims(call)
     if found is None:
         return None
@@ -114,6 +115,37 @@ def index_put_into_zeros(call: Call) -> Dims | None:
     return Dims((free, *picked, value_dims), (free,), summed=frozenset(lengths))
 
 
+def _index_add_into_zeros(call: Call) -> Dims:
+    rank = len(call.inputs[0].shape)
+    at = call["dim"] % max(rank, 1)
+    free = tuple(None if d == at else d for d in range(rank))
+    added = tuple("added" if d == at else d for d in range(rank))
+    return Dims((free, ("added",)[: len(call.inputs[1].shape)], added), (free,), summed=frozenset({"added"}))
+
+
+def _scatter_add_into_zeros(call: Call) -> Dims:
+    plain = gather(call)
+    at = call["dim"] % max(len(call.outputs[0].shape), 1)
+    index, source = call.inputs[1:]
+    if index.shape[at : at + 1] != source.shape[at : at + 1]:
+        return plain
+    added = tuple("added" if d == at else f for d, f in enumerate(plain.inputs[1]))
+    return Dims((plain.inputs[0], added, added), plain.outputs, summed=frozenset({"added"}))
+
+
+def index_add(call: Call) -> Dims:
+    """Split along the dims that are not indexed."""
+    whole = _index_add_into_zeros(call)
+    return Dims((whole.inputs[0], (None,) * len(whole.inputs[1]), whole.inputs[0]), whole.outputs)
+
+
+# What holds besides when the target is known to hold zeros: the result is a sum over what is added.
+INTO_ZEROS: dict[torch._ops.OpOverload, Rule] = {
+    **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), _index_put_into_zeros),
+    aten.index_add.default: _index_add_into_zeros,
+    aten.scatter_add.default: _scatter_add_into_zeros,
+}
+
 RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.embedding.default: embedding,
     aten.embedding_dense_backward.default: embedding_dense_backward,
@@ -128,6 +160,7 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
         gather,
     ),
     aten.index_select.default: index_select,
+    aten.index_add.default: index_add,
     **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), index),
     **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), index_put),
     **dict.fromkeys(
