@@ -283,12 +283,12 @@ class Accelerator:
                         self._links[rank].answered(("pulse", reply.request))
                     else:
                         self._watchdog.pulse(rank, reply, now)
-                case m.Failed():
-                    text = f"{self._name(rank)} failed in step {self._step}: {reply.text}"
-                    if not reply.in_collective:
-                        self._fail(text)
-                    elif self._suspicion is None:
-                        self._suspicion = (now + _SUSPICION_SECONDS, text)
+        if isinstance(reply, m.Failed):
+            text = f"{self._name(rank)} failed in step {self._step}: {reply.text}"
+            if not reply.in_collective:
+                self._fail(text)
+            elif self._suspicion is None:
+                self._suspicion = (now + _SUSPICION_SECONDS, text)
 
     def _on_lost(self, rank: int) -> None:
         process = self._links[rank].worker.process

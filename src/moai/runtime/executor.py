@@ -55,6 +55,8 @@ class Executor:
         An output owns its memory: it shares none with an input that is kept nor with another output, and is no view of
         something larger. So buffers can be overwritten and freed one by one.
         """
+        if not self._checked:
+            self._check_slots("input", self.program.inputs, inputs)
         taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
         if self._checked:
             outputs = self._run_generated(inputs, scalars)
@@ -62,6 +64,9 @@ class Executor:
             outputs = self._run_checked(inputs, scalars)
             self._checked = True
         if self._fresh:
+            self._check_slots(
+                "output", [self.program.outputs[i] for i in self._fresh], [outputs[i] for i in self._fresh]
+            )
             taken.update(_address(outputs[i]) for i in self._in_place)
             _own_memory(outputs, self._fresh, taken)
         return outputs
@@ -109,8 +114,6 @@ class Executor:
                 return values[leaf.id]
             return scalars[leaf.index] if isinstance(leaf, Scalar) else leaf
 
-        for slot in self.program.inputs:
-            self._check_slot("input", slot, values[slot.id])
         try:
             for index, (instruction, call) in enumerate(zip(self.program.instructions, self._calls, strict=True)):
                 self._checking = index
@@ -125,9 +128,11 @@ class Executor:
                     del values[dead]
         finally:
             self._checking = None
-        for slot in self.program.outputs:
-            self._check_slot("output", slot, values[slot.id])
         return [values[slot.id] for slot in self.program.outputs]
+
+    def _check_slots(self, kind: str, slots: Sequence[Slot], tensors: Sequence[torch.Tensor]) -> None:
+        for slot, x in zip(slots, tensors, strict=True):
+            self._check_slot(kind, slot, x)
 
     def _check_slot(self, kind: str, slot: Slot, x: torch.Tensor) -> None:
         expected = local_shape(slot.type.shape, slot.placement, self._rank)

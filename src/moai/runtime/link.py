@@ -1,6 +1,6 @@
 """Link: the controller's side of one worker: a queue of commands that a thread sends, and a thread that receives.
 
-In: commands, with tensors to upload; memory for what is read. Out: replies, given to `on_reply` by the receiving thread.
+In: commands, with tensors to upload; memory for what is read. Out: replies, given to `on_reply` as they come.
 
 Sending has its own thread so that Ctrl-C in the script can never cut a message in two, and so that a slow worker
 does not hold up the others.
@@ -102,6 +102,8 @@ class Link:
                     self._receive_part(reply)
                 on_reply(self.worker.rank, reply)
         except (EOFError, OSError):
+            pass
+        finally:
             on_lost(self.worker.rank)
 
     def _receive_part(self, part: m.Part) -> None:

@@ -54,6 +54,10 @@ class Worker:
         try:
             self._join()
             threading.Thread(target=self._report, name="report", daemon=True).start()
+            if self._spec.cores:
+                # This thread and the kernels' threads, which it will start. Those of the collectives, started above,
+                # stay free to run elsewhere: a small collective must not wait for its turn on the same core.
+                os.sched_setaffinity(0, self._spec.cores)
             self._channel.send(m.Ready())
             while True:
                 self._carry_out(*self._inbox.get())
@@ -223,8 +227,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whether Ctrl-C ends the work is the controller's decision
     faulthandler.enable()
     spec = WorkerSpec.from_json(sys.stdin.readline())
-    if spec.cores:
-        os.sched_setaffinity(0, spec.cores)
     torch.set_num_threads(spec.device.threads)
     channel = Channel(Client(spec.controller, authkey=bytes.fromhex(spec.secret)))
     channel.send(m.Hello(spec.rank, os.getpid()))
