@@ -11,20 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moai import session
 from moai.device import alias
-from tests.capture.inline import InlineExecutor
+from tests.device import inline
 
 
 @pytest.fixture(autouse=True, scope="module")
 def accelerator():
-    assert alias.turn_on()
-    torch.cuda.init()
-    recorder, executor = session.current().recorder, InlineExecutor()
-    before = recorder.execute, recorder.fetch
-    recorder.execute, recorder.fetch = executor.execute, executor.fetch
-    yield
-    recorder.execute, recorder.fetch = before
+    with inline.accelerator():
+        yield
 
 
 def same(accelerated, host):
