@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moai import session
+from moai.capture import recorder as recorder_module
 from moai.capture.recorder import Recorder
 from moai.capture.trace import Call
 from moai.device import alias
@@ -38,14 +39,27 @@ class Observed:
         return self.recorder.stats.segments
 
 
+@pytest.fixture
+def reads_on_the_host() -> bool:
+    """Whether small values are worked out on the host instead of ending the segment. Off, so that small tests see what large
+    programs do; a test that wants it on parametrizes this."""
+    return False
+
+
+on_the_host = pytest.mark.parametrize("reads_on_the_host", [True])
+on_the_host_or_not = pytest.mark.parametrize("reads_on_the_host", [True, False], ids=["host", "graph"])
+
+
 @pytest.fixture(autouse=True)
-def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observed]:
+def capture(monkeypatch: pytest.MonkeyPatch, reads_on_the_host: bool) -> Iterator[Observed]:
     """A recorder that has seen nothing, whose segments run in this process."""
     torch.cuda.init()
     recorder, executor = session.current().recorder, InlineExecutor()
     monkeypatch.setattr(recorder, "execute", executor.execute)
     monkeypatch.setattr(recorder, "fetch", executor.fetch)
     monkeypatch.setattr(recorder, "on_new_graph", executor.new_graph)
+    if not reads_on_the_host:
+        monkeypatch.setattr(recorder_module, "HOST_EVAL_OPERATORS", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
