@@ -171,6 +171,19 @@ def test_a_count_of_placements_that_does_not_fit_is_refused():
         lower(g, Plan(2), [None, None])
 
 
+def test_samples_stay_split_from_one_segment_to_the_next():
+    g = graph([(7, 4), (7, 4)], [(aten.exp.default, (Ref(0),), 1)], [1], batch=[0])
+    (slot,) = lower(g, Plan(2), [None]).outputs
+    assert slot.placement == Shard(0, (4, 3))
+    # What is split already tells the number of samples; empty and odd uploads do not change it.
+    types = [(7, 4), (7,), (0,), (0,), (3, 4), (7, 4)]
+    g = graph(types, [(aten.mul.Tensor, (Ref(0), Ref(0)), 5)], [5], batch=[1, 2, 3, 4])
+    program = lower(g, Plan(2), [slot.placement, None, None, None, None])
+    assert [s.placement for s in program.inputs][1:] == [Shard(0, (4, 3)), *[Replicate()] * 3]
+    without = lower(g, Plan(2), [Replicate(), None, None, None, None])
+    assert without.inputs[1].placement == Shard(0, (4, 3))
+
+
 # -- gradients that wait for a later segment
 
 
@@ -319,8 +332,8 @@ def test_peak_counts_what_is_alive_at_once():
 
 
 def test_peak_is_that_of_the_device_with_most_samples():
-    g = graph([(7, 1024), (7, 1024)], [(aten.exp.default, (Ref(0),), 1)], [1], batch=[0])
-    assert lower(g, Plan(2), [None]).peak_bytes == 2 * 4 * 1024 * 4
+    g = graph([(7, 256), (7, 256)], [(aten.exp.default, (Ref(0),), 1)], [1], batch=[0])
+    assert lower(g, Plan(2), [None]).peak_bytes == 2 * 4 * 1024
 
 
 # -- what has no rule, and what cannot be
@@ -355,10 +368,10 @@ def test_512_devices_are_lowered_in_seconds():
             h = F.relu(h @ p)
         return tuple(torch.autograd.grad(h.square().mean(), params))
 
-    traced = trace(step, [torch.randn(8, 8) for _ in range(100)], [torch.randn(1000, 3, 8)])
+    traced = trace(step, [torch.randn(8, 8) for _ in range(30)], [torch.randn(1000, 3, 8)])
     begin = time.process_time()
-    program = lower(traced, Plan(512), [None] * 101)
-    assert time.process_time() - begin < 5
+    program = lower(traced, Plan(512), [None] * 31)
+    assert time.process_time() - begin < 2
     assert program.inputs[-1].placement == Shard(0, (2,) * 488 + (1,) * 24)
 
 

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from moai.graph.placement import Placement, Replicate, Shard, split_evenly
+from moai.graph.placement import Partial, Placement, Replicate, Shard, split_evenly
 from moai.graph.rules.dims import REPLICATE
 from moai.graph.step_graph import Input, Origin, Ref, StepGraph, flat_ids
 from moai.lower.buckets import bucketed
@@ -25,7 +25,8 @@ from moai.lower.program import Instruction, Program, Slot
 from moai.lower.values import Values
 from moai.plan.plan import Plan
 
-# Outputs up to this many entries are whole on every device: scripts read them one by one (losses, counts, norms).
+# Sums of up to so many entries are taken before they are put out: scripts read them (losses, counts, norms). Larger ones
+# may stay terms: gradients, which the next segment adds to.
 _TINY = 4096
 
 _names = (f"step{i}" for i in itertools.count())
@@ -79,19 +80,21 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     return program
 
 
-def global_batch(graph: StepGraph) -> int:
-    """The number of samples in the step: the most common leading length of its batch inputs, 0 if there are none.
-
-    The longest of equally common ones: position ids and masks come as [1, ...].
+def global_batch(graph: StepGraph, given: Sequence[Placement | None]) -> int:
+    """The number of samples in the step, 0 if there are none: the most common leading length of what is split already,
+    or else of the batch inputs. The longest of equally common ones: position ids and masks come as [1, ...].
     """
-    lengths = Counter(graph.types[i.id].shape[0] for i in graph.inputs if i.batch and graph.types[i.id].shape)
+    shapes = [graph.types[i.id].shape for i in graph.inputs]
+    split = [shape[0] for shape, p in zip(shapes, given, strict=True) if isinstance(p, Shard) and p.dim == 0]
+    leading = [shape[0] for shape, i in zip(shapes, graph.inputs, strict=True) if i.batch and shape and shape[0]]
+    lengths = Counter(split or leading)
     return max(lengths, key=lambda length: (lengths[length], length), default=0)
 
 
 def _input_placements(graph: StepGraph, n: int, given: Sequence[Placement | None]) -> list[Placement]:
     if len(given) != len(graph.inputs):
         raise ValueError(f"{len(graph.inputs)} inputs, but {len(given)} placements were given")
-    batch = global_batch(graph)
+    batch = global_batch(graph, given)
 
     def choose(input_: Input, present: Placement | None) -> Placement:
         if n == 1:
@@ -120,7 +123,8 @@ def _placed_outputs(graph: StepGraph, outputs: Sequence[int], placer: Placer, va
     for id_, out in zip(outputs, graph.outputs, strict=True):
         id_ = placer.settled(id_)
         taken_over = None if out.replaces is None else values.placement(graph.inputs[out.replaces].id)
-        if values.types[id_].numel <= _TINY or isinstance(taken_over, Replicate):
+        tiny_sum = isinstance(values.placement(id_), Partial) and values.types[id_].numel <= _TINY
+        if tiny_sum or isinstance(taken_over, Replicate):
             id_ = placer.placed(id_, REPLICATE, origin)
         found.append(id_)
     return found
