@@ -23,7 +23,7 @@ from moai.graph.step_graph import StepGraph, TensorType
 from moai.lower import lower
 from moai.lower.program import Program
 from moai.plan.plan import Plan
-from moai.platform import flavors, jobs, log
+from moai.platform import flavors, jobs, log, tracebacks
 from moai.platform.errors import memory_error
 from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
@@ -61,14 +61,18 @@ def local_bytes(buffer: Buffer) -> int:
 
 
 class Session:
-    """See the module docstring. `recorder` is what the device's kernels talk to."""
+    """See the module docstring. `recorder` is what the device's kernels talk to; `flavor` the accelerator's size.
+
+    Raises ValueError or RuntimeError if the user asked for a flavor that there is not.
+    """
 
     def __init__(self) -> None:
+        tracebacks.install()
+        self.flavor: Flavor = flavors.choose()
         self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph)
         backend.install(self.recorder)
         self._residency = Residency()
         self._accelerator: Accelerator | None = None
-        self._flavor: Flavor | None = None
         self._job: jobs.Job | None = None
         self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
@@ -79,12 +83,6 @@ class Session:
 
     # ------------------------------------------------------------------ resources
 
-    def flavor(self) -> Flavor:
-        """The accelerator's size, chosen once."""
-        if self._flavor is None:
-            self._flavor = flavors.choose()
-        return self._flavor
-
     def acquire(self) -> Accelerator:
         """The connected accelerator; connects at the first call, with the log lines of a starting program."""
         if os.getpid() != self._pid:
@@ -93,17 +91,16 @@ class Session:
                 "multiprocessing's 'spawn' method."
             )
         if self._accelerator is None:
-            flavor = self.flavor()
             log.install()
             log.requesting()
             log.initializing()
             with Waiting("Starting the devices"):
-                self._accelerator = Accelerator(flavor.devices)
+                self._accelerator = Accelerator(self.flavor.devices)
             addresses = self._accelerator.addresses
             for i, address in enumerate(addresses, 1):
                 log.connecting(i, len(addresses), address)
             log.establishing()
-            self._job = jobs.start(flavor.name)
+            self._job = jobs.start(self.flavor.name)
             log.ready(self._job.id if self._job is not None else None)
         return self._accelerator
 
@@ -126,7 +123,7 @@ class Session:
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes over all devices: used, the most ever used, and all there are."""
-        total = self.flavor().memory_bytes
+        total = self.flavor.memory_bytes
         if self._accelerator is None:
             return 0, 0, total
         figures = self._accelerator.memory()
@@ -160,7 +157,7 @@ class Session:
         program = self._programs.get(key)
         if program is None:
             with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
-                program = lower(graph, Plan(dp=self.flavor().n_devices), given)
+                program = lower(graph, Plan(dp=self.flavor.n_devices), given)
             self._programs[key] = program
             self._graphs.append(graph)
             for note in program.notes:
@@ -171,7 +168,7 @@ class Session:
         """Refuse a step that would not fit, before anything moves."""
         inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
         others = self._residency.nbytes - sum(map(local_bytes, inputs.values()))
-        available = min(d.memory_bytes for d in self.flavor().devices)
+        available = min(d.memory_bytes for d in self.flavor.devices)
         if program.peak_bytes + others > available:
             raise memory_error(program.peak_bytes + others, available)
 

@@ -14,8 +14,8 @@ _META = torch.device("meta")
 _results: dict[Any, Any] = {}
 
 
-class NoShapes(Exception):
-    """The results' shapes depend on data (or the call is wrong, which only running it can tell well)."""
+# The results' shapes depend on data (or the call is wrong, which only running it can tell well).
+UNKNOWN = object()
 
 
 def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -24,7 +24,7 @@ def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `operator` returns, as meta tensors (not to be modified). Raises NoShapes."""
+    """What `operator` returns, as meta tensors (not to be modified), or UNKNOWN."""
     key = (operator.op, _key(args), _key(tuple(kwargs.items())))
     try:
         return _results[key]
@@ -34,17 +34,17 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if operator.is_out_variant:
         twin = functional_twin(op)
         if twin is None:
-            raise NoShapes(f"{operator.name} has no functional form")
+            return UNKNOWN
         op, kwargs = twin, {k: v for k, v in kwargs.items() if k not in operator.mutated_names}
     meta_kwargs = {k: _to_meta(v) for k, v in kwargs.items() if k != "pin_memory"}
     if operator.takes_device:
         meta_kwargs["device"] = _META
     try:
         result = op(*[_to_meta(a) for a in args], **meta_kwargs)
-    except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise NoShapes(str(error)) from error
+    except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError):
+        return UNKNOWN
     if op._schema.returns and not isinstance(result, (torch.Tensor, list, tuple)):
-        raise NoShapes(f"{operator.name} returns a number")
+        return UNKNOWN
     if operator.output_mask is not None:
         result = tuple(r if wanted else None for r, wanted in zip(result, args[operator.output_mask], strict=True))
     _results[key] = result

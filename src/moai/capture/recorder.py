@@ -237,9 +237,8 @@ class Recorder:
     def _describe(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call that did not follow here before."""
         args, kwargs = self._adopt_host_tensors(operator, args, kwargs)
-        try:
-            result = meta.infer(operator, args, kwargs)
-        except meta.NoShapes:
+        result = meta.infer(operator, args, kwargs)
+        if result is meta.UNKNOWN:
             return host_eval.run_on_host(self, operator, args, kwargs)
         if operator.is_out_variant:
             _resize_outputs(operator, kwargs, result)
