@@ -39,10 +39,11 @@ class Child:
         self.name = name
         self.connection, theirs = Pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        command = [sys.executable, "-m", "benchmarks.child", str(theirs.fileno()), function, json.dumps(settings)]
+        # Not by `-m`: the classes of messages would then belong to another module there.
+        program = "from benchmarks.child import main; main()"
+        command = [sys.executable, "-c", program, str(theirs.fileno()), function, json.dumps(settings)]
         self._process = subprocess.Popen(
             command,
-            # The root is named, as PYTHONSAFEPATH, which workers have, keeps `-m` from adding it.
             env={**environment, "PYTHONPATH": str(ROOT)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -69,6 +70,11 @@ class Child:
         if isinstance(message, Failure):
             raise RuntimeError(f"{self.name} failed\n{message.text}")
         return message
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def close(self) -> None:
         """Let it end; kill it if it does not within seconds."""
@@ -101,7 +107,3 @@ def main() -> None:
         pass  # the parent has closed the pipe, or is gone
     except Exception:
         connection.send(Failure(traceback.format_exc()))
-
-
-if __name__ == "__main__":
-    main()

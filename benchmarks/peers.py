@@ -4,8 +4,9 @@ The same model, initial weights, global batches and optimizer, in each way of `v
 machine. All variants are alive at once and take turns in short blocks of steps, in an order that changes with every
 round; who is not running sleeps. A ratio is taken within each round, so that the machine's moods hit both sides.
 
-Figures: `step_s`, seconds a step; `ratios`, this project (`moai`) over each of the others; `foreach_ratios`, the same
-for `moai_foreach`; each with its quartiles over the rounds. `losses`: the loss of each block's last step, `exact` being
+Figures: `step_s`, seconds a step; `cpu_s`, CPU seconds a step of all processes of a variant, which other programs
+disturb less; `ratios`, step time of this project (`moai`) over each of the others; `foreach_ratios`, the same for
+`moai_foreach`; each with its quartiles over the rounds. `losses`: the loss of each block's last step, `exact` being
 that of one process on the whole batch, and `loss_error` the largest difference from it. A data-parallel peer's loss is
 the mean over its ranks.
 """
@@ -51,21 +52,26 @@ def sizes(layers: int, hidden: int) -> Sizes:
 
 @dataclass(slots=True)
 class Team:
-    """The processes of one variant, and what they did: seconds a step and loss, block by block."""
+    """The processes of one variant, and what they did: seconds and CPU seconds a step, and loss, block by block."""
 
     name: str
     children: list[Child]
     step_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def run_block(self, steps: int) -> None:
         """Run `steps` steps; the clock stops when every process has read its loss."""
-        begin = time.perf_counter()
+        cpu_begin, begin = self._cpu_seconds(), time.perf_counter()
         for child in self.children:
             child.send(steps)
         losses = receive_all(self.children, BLOCK_SECONDS)
         self.step_s.append((time.perf_counter() - begin) / steps)
+        self.cpu_s.append((self._cpu_seconds() - cpu_begin) / steps)
         self.losses.append(sum(losses) / len(losses))
+
+    def _cpu_seconds(self) -> float:
+        return sum(results.cpu_seconds(child.pid) for child in self.children)
 
 
 def start(name: str, sizes: Sizes, devices: Sequence[Device], scratch: Path) -> Team:
@@ -138,6 +144,7 @@ def summarize(teams: Mapping[str, Team]) -> dict[str, Any]:
         "ratios": ratios("moai"),
         "foreach_ratios": ratios("moai_foreach"),
         "step_s": {name: results.quartiles(times) for name, times in timed.items()},
+        "cpu_s": {name: results.quartiles(team.cpu_s[WARM_UP_ROUNDS:]) for name, team in teams.items()},
         "losses": {"exact": exact} | {name: team.losses for name, team in teams.items() if name != EXACT},
         "loss_error": {
             name: max(abs(a - b) for a, b in zip(team.losses, exact, strict=True))
@@ -155,7 +162,8 @@ def table(figures: Mapping[str, Any]) -> str:
     ]
     for name, step in figures["step_s"].items():
         ratios = [figures[key].get(name) for key in ("ratios", "foreach_ratios")]
-        cells = [results.spread(step, 1e3, digits=1), *(results.spread(r) if r else "" for r in ratios)]
+        cells = [results.spread(step, 1e3, digits=1), f"{figures['cpu_s'][name]['median'] * 1e3:.0f}"]
+        cells += [results.spread(r) if r else "" for r in ratios]
         error = figures["loss_error"].get(name)
         cells.append("exact" if error is None else f"{error:.1e}")
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -63,6 +63,16 @@ def record(title: str, text: str, run: Mapping[str, Any]) -> None:
         file.write(f"\n## {title}: {run['date']}, commit {run['commit']}\n\n{hardware}\n\n{text}\n")
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time so far of a process and of all that it started, in steps of 10 ms."""
+    root = psutil.Process(pid)
+    total = 0.0
+    for process in (root, *root.children(recursive=True)):
+        used = process.cpu_times()
+        total += used.user + used.system + used.children_user + used.children_system
+    return total
+
+
 class Neighbours:
     """How much of the machine other programs took since the object was made: the reason to trust figures, or not."""
 
@@ -79,11 +89,7 @@ class Neighbours:
         """CPU seconds so far: offered by the machine, used of it, used by this process and those that it started."""
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
-        own = 0.0
-        here = psutil.Process()
-        for process in (here, *here.children(recursive=True)):
-            used = process.cpu_times()
-            own += used.user + used.system + used.children_user + used.children_system
+        own = cpu_seconds(os.getpid())
         # `guest` is part of `user` already.
         all_ = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
         return all_, all_ - idle, own
