@@ -266,6 +266,14 @@ def test_foreach_writes_views_of_one_tensor(device):
 
 
 @same_as_cpu
+def test_foreach_goes_through_a_tensor_that_is_listed_twice_in_order(device):
+    x, y = randn(3).to(device), randn(3, seed=1).to(device)
+    torch._foreach_add_([x, y, x], [y, x, y], alpha=2)
+    torch._foreach_mul_([x[:2], x[1:]], [2.0, 3.0])
+    return x, y
+
+
+@same_as_cpu
 def test_foreach_takes_members_of_several_dtypes(device):
     a = [randn(3).to(device), randn(3).double().to(device)]
     torch._foreach_mul_(a, 2.0)

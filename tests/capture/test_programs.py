@@ -13,7 +13,7 @@ from tests.capture.compare import assert_same, randn
 from tests.capture.conftest import on_the_host_or_not
 
 # Many more by hand: MOAI_TEST_PROGRAMS=20000 pytest tests/capture/test_programs.py
-PROGRAMS = int(os.environ.get("MOAI_TEST_PROGRAMS", "1600"))
+PROGRAMS = int(os.environ.get("MOAI_TEST_PROGRAMS", "800"))
 CHUNKS = 8
 
 Tensor = torch.Tensor
@@ -81,7 +81,7 @@ WRITES: list[Callable[[Tensor, Tensor, Choice], object]] = [
     lambda t, o, r: t.index_put_((torch.tensor([0, 0]).to(t.device),), t[:1].clone(), accumulate=True),
     lambda t, o, r: torch.mul(t.clone(), 0.5, out=t),
     lambda t, o, r: torch._foreach_add_([t], 0.25),
-    lambda t, o, r: torch._foreach_mul_([t, o] if not _may_share(t, o) and not _overlaps(o) else [t], 0.75),
+    lambda t, o, r: torch._foreach_mul_([t, o] if not _overlaps(o) else [t], 0.75),
 ]
 
 
@@ -91,10 +91,6 @@ def _overlaps(t: Tensor) -> bool:
     for size, stride in zip(t.size(), t.stride(), strict=True):
         places = {p + k * stride for p in places for k in range(size)}
     return len(places) != t.numel()
-
-
-def _may_share(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def run(seed: int, device: str) -> tuple[list[Tensor], list[float]]:

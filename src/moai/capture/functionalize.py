@@ -215,8 +215,24 @@ class Functionalizer:
         elif name == "aten::_foreach_zero_":
             for target in targets:
                 self.write(target, self._fill(TensorType(target.geometry[0], target.geometry[3]), 0))
+        elif name.startswith("aten::_foreach_") and _meet(call, targets):
+            self._one_by_one(call, targets)
         else:
             self._functional_call(call, targets)
+
+    def _one_by_one(self, call: Call, targets: list[TensorSpec]) -> None:
+        """Emit a foreach operator member by member, in order: a later member sees what an earlier one wrote."""
+        assert call.operator is not None
+        op, listed = functional_twin(call.operator.op), _list_arguments(call.operator.op)
+        assert op is not None
+        numbered = [s if _holds_tensors(s) else self._argument(s) for s in call.args]
+        kwargs = {k: self._argument(s) for k, s in call.kwargs.items()}
+        for i, target in enumerate(targets):
+            members = [a[i : i + 1] if is_list else a for a, is_list in zip(numbered, listed, strict=False)]
+            args = tuple(self._argument(a) for a in members)
+            value = self._value(TensorType(target.geometry[0], target.geometry[3]))
+            self.nodes.append(Node(op, args, kwargs, (value,), self.origin))
+            self.write(target, value)
 
     def _fill_call(self, call: Call, target: TensorSpec) -> None:
         number = self._argument(call.args[1]) if len(call.args) > 1 else 0
@@ -304,6 +320,21 @@ def functionalize(
     for call in calls:
         builder.call(call)
     return builder.finish()
+
+
+def _meet(call: Call, targets: list[TensorSpec]) -> bool:
+    """Whether a storage that a foreach call writes turns up in it more than once."""
+    written = {t.sid for t in targets}
+    uses = [s.sid for s in tensor_specs(call) if s.sid in written]
+    return len(uses) > len(written)
+
+
+def _list_arguments(op: torch._ops.OpOverload) -> list[bool]:
+    return [isinstance(a.type, torch.ListType) for a in op._schema.arguments]
+
+
+def _holds_tensors(spec: Any) -> bool:
+    return isinstance(spec, TensorSpec) or (isinstance(spec, tuple) and any(_holds_tensors(s) for s in spec))
 
 
 def _new_results_first(operator: Any) -> bool:
