@@ -3,15 +3,17 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moai.device import alias
+from moai.device import alias, autocast
 from tests.device import inline
 
 
@@ -162,6 +164,11 @@ def test_deepcopy_copies_values_and_keeps_shared_storages_shared():
     assert same(copy.deepcopy(x.view(2, 3).t()), torch.arange(6.0).view(2, 3).t())
 
 
+def test_copied_storages_have_the_type_of_their_tensors():
+    x = copy.deepcopy(torch.ones(4, dtype=torch.bfloat16, device="cuda")[1:3])
+    assert x.untyped_storage()._moai.base == ((4,), (1,), torch.bfloat16)
+
+
 def test_a_deepcopied_module_is_independent():
     module = Tied().cuda()
     twin = copy.deepcopy(module)
@@ -300,6 +307,22 @@ def operand(*size):
 
 
 @pytest.mark.parametrize(
+    ("macro", "names"),
+    [
+        ("LOWER_PRECISION_FP", autocast.LOWER_PRECISION),
+        ("FP32", autocast.FP32),
+        ("FP32_SET_OPT_DTYPE", autocast.FP32_RESULT),
+        ("PROMOTE", autocast.WIDEST),
+    ],
+)
+def test_the_lists_of_operators_are_those_that_cuda_uses(macro, names):
+    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
+    _, _, body = header.partition(f"#define AT_FORALL_{macro}(_)")
+    listed = re.findall(r"_\(([^)]+)\)", body.partition("#")[0])
+    assert sorted(names) == sorted(entry.replace(", ", ".") for entry in listed)
+
+
+@pytest.mark.parametrize(
     ("operate", "dtype"),
     [
         (lambda: operand(2, 2) @ operand(2, 2), torch.bfloat16),
@@ -342,8 +365,6 @@ def test_the_unsafe_loss_is_refused_with_the_safe_one(bf16):
 
 
 def test_a_parameter_is_cast_once_until_the_outermost_autocast_ends():
-    from moai.device import autocast
-
     module = nn.Linear(2, 2, bias=False).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -362,8 +383,6 @@ def test_a_cast_made_without_gradients_is_not_found_by_code_that_needs_them():
 
 
 def test_autocast_without_a_cache_keeps_no_casts():
-    from moai.device import autocast
-
     module = nn.Linear(2, 2).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
         module(operand(1, 2))
