@@ -7,6 +7,7 @@ run -> release. One a process; made at the device's first use, connected at the 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import weakref
@@ -30,6 +31,17 @@ from moai.platform.progress import Waiting
 from moai.runtime.accelerator import Accelerator, Buffer
 
 logger = logging.getLogger("moai")
+
+
+# After uploading more than this, the memory that the host copies took goes back to the system.
+_TRIM_BYTES = 64 << 20
+
+
+def _give_memory_back() -> None:
+    """glibc keeps freed memory for later; a model's worth of it is not wanted again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 class Residency:
@@ -75,6 +87,7 @@ class Session:
         self._accelerator: Accelerator | None = None
         self._job: jobs.Job | None = None
         self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
+        self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
         self._pid = os.getpid()
         register_optimizer_step_pre_hook(self._optimizer_step_begins)
@@ -159,6 +172,7 @@ class Session:
             with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
                 program = lower(graph, Plan(dp=self.flavor.n_devices), given)
             self._programs[key] = program
+            self._first_run = True  # the next wait may be long enough to be explained
             self._graphs.append(graph)
             for note in program.notes:
                 logger.info(note)
@@ -175,17 +189,26 @@ class Session:
     def _upload(self, program: Program, segment: Segment) -> None:
         accelerator = self.acquire()
         waiting = [(v, slot) for v, slot in zip(segment.inputs, program.inputs, strict=True) if v.buffer is None]
+        freed = 0
         with Waiting("Uploading", total=len(waiting)) as progress:
             for value, slot in waiting:
                 if value.buffer is None:
+                    assert value.host is not None
                     value.buffer = accelerator.upload(value.host, slot.placement)
                     self._residency.add(value.buffer)
                     if value.host.nbytes > KEEP_BYTES:
+                        freed += value.host.nbytes
                         value.host = None
                 progress.advance()
+        if freed > _TRIM_BYTES:
+            _give_memory_back()
 
     def _fetch(self, buffer: Buffer) -> torch.Tensor:
-        return self.acquire().read(buffer)
+        if not self._first_run:
+            return self.acquire().read(buffer)
+        self._first_run = False
+        with Waiting("Running the first step of a new graph"):
+            return self.acquire().read(buffer)
 
 
 _current: Session | None = None

@@ -17,6 +17,7 @@ import torch
 from moai.graph.step_graph import Origin
 
 _MODULE_CALL = torch.nn.Module._call_impl.__code__
+_MODULE_APPLY = torch.nn.Module._apply.__code__
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LIBRARIES = tuple({os.path.dirname(torch.__path__[0]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), _HOME})
 _STATE_LOADERS = frozenset({"_apply", "load_state_dict", "_load_from_state_dict", "from_pretrained", "set_module_tensor_to_device"})
@@ -62,6 +63,16 @@ def loading_state() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name in _STATE_LOADERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def moving_module() -> bool:
+    """Whether the current upload is torch moving a module's own parameter or buffer (Module.to, .cuda)."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_APPLY:
             return True
         frame = frame.f_back
     return False

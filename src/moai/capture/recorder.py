@@ -19,7 +19,7 @@ from moai.capture.functionalize import functionalize
 from moai.capture.geometry import contiguous_stride
 from moai.capture.operators import Operator
 from moai.capture.trace import Call, FloatSpec, FloatsSpec, OutSpec, Seed, SeedSpec, TensorSpec
-from moai.capture.values import Record, Usage, Value, geometry_of, record_of
+from moai.capture.values import Base, Record, Usage, Value, geometry_of, record_of
 from moai.graph.step_graph import StepGraph, TensorType
 
 Maker = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Callable[[], tuple[torch.Tensor, Record]]]
@@ -28,6 +28,8 @@ Maker = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Callable[[], t
 KEEP_BYTES = 1 << 20
 # A value is worked out on the host if that takes at most this many operators and elements.
 HOST_EVAL_OPERATORS = 64
+# References to a storage that one tensor has alone: the tensor's, and the storage object that asks.
+_SOLE_OWNER = 2
 # Without gradients there is no step to wait for: an upload ends a segment that has grown to this many calls.
 LONG_SEGMENT = 512
 
@@ -391,10 +393,14 @@ class Recorder:
             return False
         if ends_segment and not self.in_optimizer and self._upload_begins_a_step(source):
             self.flush()
-        host = torch.empty_strided(size, stride, dtype=dtype)
-        with torch.no_grad():
-            host.copy_(source)
-        record.value = Value(host=host, role="state" if provenance.loading_state() else "batch")
+        is_state = provenance.loading_state()
+        if is_state and _is_handed_over(source, record.base):
+            host = source.detach()
+        else:
+            host = torch.empty_strided(size, stride, dtype=dtype)
+            with torch.no_grad():
+                host.copy_(source)
+        record.value = Value(host=host, role="state" if is_state else "batch")
         return True
 
     def _upload_begins_a_step(self, tensor: torch.Tensor) -> bool:
@@ -509,6 +515,15 @@ def _window(base: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if dtype == base.dtype:
         return base.as_strided(size, stride, offset)
     return torch.empty(0, dtype=dtype).set_(base.untyped_storage(), offset, size, stride)
+
+
+def _is_handed_over(source: torch.Tensor, base: Base) -> bool:
+    """Whether a module's CPU tensor is on its way out (Module.to replaces it by the accelerator's) and nothing else sees
+    its memory, which can then be taken over instead of copied: a model is in memory once."""
+    size, stride, _, dtype = geometry_of(source)
+    storage = source.untyped_storage()
+    is_whole = (size, stride, dtype) == base and storage.nbytes() == source.nbytes
+    return is_whole and provenance.moving_module() and torch._C._storage_Use_Count(storage._cdata) == _SOLE_OWNER
 
 
 def _resize_outputs(operator: Operator, kwargs: dict[str, Any], result: Any) -> None:

@@ -131,7 +131,8 @@ def _copies(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     ) -> torch.Tensor:
         kwargs = {k: v for k, v in (("dtype", dtype), ("memory_format", memory_format)) if v is not None}
         if not on_accelerator(self):  # torch dispatches by the device asked for
-            return recorder.upload(aten._to_copy.default(self, **kwargs) if kwargs else self)
+            unchanged = dtype in (None, self.dtype) and memory_format in (None, torch.preserve_format)
+            return recorder.upload(self if unchanged else aten._to_copy.default(self, **kwargs))
         if device is None or device.type not in ("cpu", "meta"):
             return recorder.record(cast, (self,), kwargs)
         if device.type == "meta":
