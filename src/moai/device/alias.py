@@ -26,7 +26,7 @@ What a script can still notice:
 * `x.data = y` across devices, and so `Module.cuda()`, exchanges tensors: it fails for a parameter that a weak
   reference points to, or that a live autograd graph or a TorchScript module holds.
 * Random numbers are reproducible for a seed but are not those of a GPU.
-* `torch.compile` does not trace through replaced functions that it knows by identity (autocast switches).
+* `torch.compile` knows autocast's switches by identity and does not trace through the replaced ones.
 """
 
 from __future__ import annotations

@@ -92,6 +92,11 @@ def _exchange_device(device: int) -> int:
     return 0
 
 
+def _maybe_exchange_device(device: int) -> int:
+    # Not the same object as the function above: torch.compile refuses one function under two names.
+    return _exchange_device(device)
+
+
 def check_index(device: Any) -> None:
     """Raises RuntimeError for a device other than the one there is. None and negative indices mean the current one."""
     index = device if isinstance(device, int) or device is None else torch.device(device).index
@@ -143,6 +148,11 @@ def synchronize(device: Any = None) -> None:
 
     check_index(device)
     current().synchronize()
+
+
+def _accelerator_synchronize(device: Any = None) -> None:
+    # Not the same object as the function above, for torch.compile again.
+    synchronize(device)
 
 
 def ipc_collect() -> None:
@@ -211,14 +221,13 @@ def install() -> None:
         for submodule in (torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
             if hasattr(submodule, name):
                 setattr(submodule, name, value)
-    torch.cuda._maybe_exchange_device = _exchange_device
     torch.cuda._initialized = True  # torch.utils.checkpoint saves the random state of initialized devices only
     torch.cuda.default_generators = (generator.default(),)
     setattr(torch.cuda.nvtx, "_nvtx", _NoRanges)  # noqa: B010  (a name that exists only in some builds)
     for name in torch_cuda_memory.GENERIC:
         setattr(torch.accelerator, name, getattr(torch_cuda_memory, name))
         setattr(torch.accelerator.memory, name, getattr(torch_cuda_memory, name))
-    torch.accelerator.synchronize = synchronize
+    torch.accelerator.synchronize = _accelerator_synchronize
 
 
 def _name() -> str:
@@ -229,7 +238,14 @@ def _name() -> str:
 
 _REPLACED = (
     *("is_available", "device_count", "current_device", "is_initialized", "init", "_lazy_init", "_is_in_bad_fork"),
-    *("set_device", "_exchange_device", "get_device_name", "get_device_properties", "get_device_capability"),
+    *(
+        "set_device",
+        "_exchange_device",
+        "_maybe_exchange_device",
+        "get_device_name",
+        "get_device_properties",
+        "get_device_capability",
+    ),
     *("is_bf16_supported", "get_amp_supported_dtype", "get_arch_list", "can_device_access_peer"),
     *("synchronize", "ipc_collect", "get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"),
     *("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed"),
