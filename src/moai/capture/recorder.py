@@ -7,6 +7,7 @@ append), or described anew (the slow path: shapes by meta kernels, provenance). 
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,8 +135,9 @@ class Recorder:
                 except AttributeError:
                     return False
                 if record.epoch != epoch:
-                    if spec.fresh != record.base or not self._bind(record, spec.sid):
+                    if spec.fresh != record.base or record.value is None:
                         return False
+                    self._bind(record)
                 elif record.sid != spec.sid:
                     return False
                 if (arg.size(), arg.stride(), arg.storage_offset(), arg.dtype) != spec.geometry:
@@ -168,19 +170,16 @@ class Recorder:
         except KeyError:
             return False
 
-    def _bind(self, record: Record, sid: int) -> bool:
-        """Take a storage from before the segment in as storage `sid`; False if that number is not the next."""
-        if sid != len(self.alive):
-            return False
+    def _bind(self, record: Record) -> None:
+        """Take a storage from before the segment in as the next storage of the segment."""
         value = record.value
         if value is None:
-            raise RuntimeError(record.lost or "An accelerator tensor was used that never received a value.")
+            raise RuntimeError(_missing_text(record))
         record.usage.used = True
         record.epoch = self.epoch
-        record.sid = sid
+        record.sid = len(self.alive)
         self.alive.append(weakref.ref(record))
-        self.inputs.append((sid, value))
-        return True
+        self.inputs.append((record.sid, value))
 
     def _unbind(self, n_inputs: int, n_scalars: int) -> None:
         """Take back what a failed match bound."""
@@ -298,7 +297,7 @@ class Recorder:
             record = record_of(arg)
             if record.epoch == self.epoch:
                 return TensorSpec(record.sid, geometry_of(arg), None)
-            self._bind(record, len(self.alive))
+            self._bind(record)
             return TensorSpec(record.sid, geometry_of(arg), record.base)
         if type(arg) is float:
             spec = FloatSpec(arg, self.in_optimizer)
@@ -410,16 +409,17 @@ class Recorder:
             return False
         return self.cursor.saw_backward or (not torch.is_grad_enabled() and self.cursor.depth > LONG_SEGMENT)
 
-    def flush(self) -> None:
-        """End the segment and hand it to the devices."""
+    def flush(self, reading: Record | None = None) -> None:
+        """End the segment and hand it to the devices. `reading` is the storage whose value is wanted now."""
         if self.cursor is self.root:
             return
         end, alive, inputs, scalars = self.cursor, self.alive, self.inputs, self.scalars
-        epoch, departure, may_drop = self.epoch, self.departure, end.saw_backward and not end.keeps_graph
+        epoch, departure = self.epoch, self.departure
+        may_drop = end.saw_backward and not end.keeps_graph and os.environ.get("MOAI_KEEP_OUTPUTS") != "1"
         self._begin()
         self._learn_what_was_unused()
         records = [ref() for ref in alive]
-        kept = tuple(r is not None and not (may_drop and self._droppable(r)) for r in records)
+        kept = tuple(r is not None and (r is reading or not (may_drop and self._droppable(r))) for r in records)
         try:
             compiled = self._compiled(end, kept, inputs, departure)
             values = dict(inputs)
@@ -483,11 +483,11 @@ class Recorder:
             if on_host is not None:
                 self.stats.host_reads += 1
                 return _window(on_host, tensor)
-            self.flush()
+            self.flush(reading=record)
         if record.value is not None and record.value.role == "undefined":
             return torch.zeros(tensor.size(), dtype=tensor.dtype)
         if record.value is None:
-            raise RuntimeError((record.lost or "This accelerator tensor never received a value.") + provenance.in_script())
+            raise RuntimeError(_missing_text(record))
         if record.value.host is not None:
             return _window(record.value.host, tensor).clone()
         base = self.fetch(record.value.buffer)
@@ -561,6 +561,11 @@ def _forget_compiled(call: Call) -> None:
         node = stack.pop()
         node.compiled.clear()
         stack.extend(node.children)
+
+
+def _missing_text(record: Record) -> str:
+    text, where = record.lost or "This accelerator tensor never received a value.", provenance.in_script()
+    return f"{text} It was used{where}." if where else text
 
 
 def _dropped_text(record: Record) -> str:
