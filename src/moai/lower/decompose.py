@@ -48,7 +48,7 @@ class Builder:
     def new(self, type_: TensorType) -> int:
         return self._values.new(type_)
 
-    def changed(self, **changes: Any) -> tuple[Any, ...]:
+    def changed(self, /, **changes: Any) -> tuple[Any, ...]:
         """The arguments of the node taken apart, by position, with some of them changed."""
         bound = self.call.args | changes
         return tuple(bound[name] for name in argument_names(self.call.op))
@@ -83,6 +83,17 @@ def mean(build: Builder, placements: Sequence[Placement]) -> None:
         build(aten.div.Scalar, total, count, out=call.node.outs)
     else:
         build(aten._to_copy.default, build(aten.div.Scalar, total, count), out=call.node.outs, dtype=out)
+
+
+def sum_(build: Builder, placements: Sequence[Placement]) -> None:
+    """A sum to one number in half precision: its terms are not rounded before they are added over the devices."""
+    call = build.call
+    source, out = call.inputs[0], call.outputs[0]
+    if out.numel > 1 or _wide(out.dtype) == out.dtype or not out.dtype.is_floating_point:
+        return
+    dims = call.dims("dim", len(source.shape))
+    total = build(aten.sum.dim_IntList, call["self"], dims, bool(call.args.get("keepdim")), dtype=_wide(out.dtype))
+    build(aten._to_copy.default, total, out=call.node.outs, dtype=out.dtype)
 
 
 def euclidean_norm(build: Builder, placements: Sequence[Placement]) -> None:
@@ -156,6 +167,8 @@ def accumulate(build: Builder, placements: Sequence[Placement]) -> None:
     call = build.call
     target: Ref = call["self"]
     if not call.args.get("accumulate", True) or build.is_zero(target):
+        return
+    if not any(isinstance(p, Shard) for p in placements[1:]):
         return
     into = call.type_of(target)
     zeros = build(aten.full.default, into.shape, 0, out=build.new(into), dtype=into.dtype)
@@ -245,6 +258,7 @@ _LOSS_BACKWARDS = (
 
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[[Builder, Sequence[Placement]], None]] = {
     **dict.fromkeys((aten.mean.default, aten.mean.dim), mean),
+    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), sum_),
     aten.linalg_vector_norm.default: euclidean_norm,
     **dict.fromkeys((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), class_loss),
     **dict.fromkeys(_LOSSES, mean_loss),

@@ -25,8 +25,8 @@ from moai.lower.program import Instruction, Program, Slot
 from moai.lower.values import Values
 from moai.plan.plan import Plan
 
-# Sums of up to so many entries are taken before they are put out: scripts read them (losses, counts, norms). Larger ones
-# may stay terms: gradients, which the next segment adds to.
+# Sums of up to so many entries are taken before they are put out: scripts read them (losses, counts, norms).
+# Larger ones may stay terms: gradients, which the next segment adds to.
 _TINY = 4096
 
 _names = (f"step{i}" for i in itertools.count())

@@ -60,11 +60,13 @@ def with_frees(code: Sequence[Instruction], kept: Collection[int]) -> list[Instr
 def peak_bytes(code: Sequence[Instruction], inputs: Sequence[int], values: Values) -> int:
     """The most that the largest device holds at any time, inputs included (workspaces inside kernels are not)."""
     regions = Regions()
+    strided: set[int] = set()
     freed: set[int] = set()
     held = {i: values.local_bytes(i) for i in inputs}  # bytes by region
     now = peak = sum(held.values())
     for instruction in code:
-        regions.follow(instruction)
+        if not _copies(instruction, strided):
+            regions.follow(instruction)
         fresh = {o: _new_bytes(o, instruction, values) for o in flat_ids(instruction.outs) if regions.find(o) == o}
         if instruction.op == "wait":  # the sums are views of the buffer that the handle stood for
             (handle,) = uses(instruction)
@@ -77,6 +79,18 @@ def peak_bytes(code: Sequence[Instruction], inputs: Sequence[int], values: Value
             if freed.issuperset(regions.members(region)):
                 now -= held.pop(region, 0)
     return peak
+
+
+def _copies(instruction: Instruction, strided: set[int]) -> bool:
+    """Whether a view has to be taken to be a copy: entries that lie apart are brought together to be reshaped.
+
+    Takes note in `strided` of results that may not lie densely.
+    """
+    if instruction.op == "aten.reshape.default":
+        return not strided.isdisjoint(uses(instruction))
+    if is_view(instruction.op):
+        strided.update(flat_ids(instruction.outs))
+    return False
 
 
 def _new_bytes(out: int, instruction: Instruction, values: Values) -> int:

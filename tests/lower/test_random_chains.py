@@ -1,0 +1,133 @@
+"""Random chains of operators, on inputs that lie anyhow, give what plain PyTorch gives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lockstep import run
+from step_tracing import trace
+
+from moai.graph.placement import Partial, Placement, Replicate, Shard
+from moai.lower import lower
+from moai.plan.plan import Plan
+
+Tensor = torch.Tensor
+Step = Callable[[list[Tensor]], Tensor]
+CHAINS_A_SEED = 25
+
+
+def _dim(t: Tensor, r: random.Random) -> int:
+    return r.randrange(-t.dim(), t.dim()) if t.dim() else 0
+
+
+def _regrouped(t: Tensor, r: random.Random) -> Tensor:
+    """`t` with two neighbouring dims flattened, or one dim split in two."""
+    if t.dim() > 1 and r.random() < 0.5:
+        d = r.randrange(t.dim() - 1)
+        return t.flatten(d, d + 1)
+    if t.dim() == 0 or t.dim() > 3:
+        return t.reshape(-1)
+    d = r.randrange(t.dim())
+    factors = [f for f in range(1, t.size(d) + 1) if t.size(d) % f == 0]
+    return t.unflatten(d, (r.choice(factors), -1))
+
+
+def _sliced(t: Tensor, r: random.Random) -> Tensor:
+    d = _dim(t, r)
+    begin = r.randrange(t.size(d))
+    return t.narrow(d, begin, r.randint(1, t.size(d) - begin))
+
+
+def _product(t: Tensor, r: random.Random) -> Tensor:
+    if t.dim() == 2:
+        return t @ t.t() if r.random() < 0.5 else torch.addmm(t.sum(0)[: t.size(1)], t, t.t() @ t)
+    return t @ t.transpose(-1, -2) if t.dim() == 3 else t * 2
+
+
+ONE: list[Callable[[Tensor, random.Random], Any]] = [
+    lambda t, r: t.tanh(),
+    lambda t, r: t * 0.5 + 1,
+    lambda t, r: t.neg() / 3,
+    lambda t, r: (t > 0).to(t.dtype),
+    lambda t, r: torch.where(t > 0, t, 0.1),
+    lambda t, r: t.masked_fill(t < 0, 0.5),
+    lambda t, r: t.sum(_dim(t, r), keepdim=r.random() < 0.5) if t.dim() else t,
+    lambda t, r: t.mean(_dim(t, r), keepdim=r.random() < 0.5) if t.dim() else t,
+    lambda t, r: t.amax(_dim(t, r), keepdim=True) if t.dim() else t,
+    lambda t, r: t.mean() * t,
+    lambda t, r: t / (t.norm() + 1),
+    lambda t, r: t.softmax(_dim(t, r)) if t.dim() else t,
+    lambda t, r: t.cumsum(_dim(t, r)) if t.dim() else t,
+    lambda t, r: t.sort(_dim(t, r))[0] if t.dim() else t,
+    lambda t, r: t.transpose(_dim(t, r), _dim(t, r)) if t.dim() else t,
+    lambda t, r: t.unsqueeze(r.randint(0, t.dim())) if t.dim() < 4 else t.squeeze(),
+    lambda t, r: t.expand(2, *t.shape) if t.dim() < 3 else t,
+    lambda t, r: t.select(_dim(t, r), 0) if t.dim() else t,
+    lambda t, r: t.flip(_dim(t, r)) if t.dim() else t,
+    lambda t, r: torch.cat([t, t * 2], _dim(t, r)) if t.dim() > 0 and t.numel() < 500 else t,
+    lambda t, r: torch.stack([t, t.cos()], r.randint(0, t.dim())) if t.dim() < 4 and t.numel() < 500 else t,
+    lambda t, r: t.chunk(2, _dim(t, r))[-1] if t.dim() else t,
+    lambda t, r: t.tril() if t.dim() > 1 else t,
+    lambda t, r: torch.nn.functional.layer_norm(t, t.shape[-1:]) if t.dim() > 1 else t,
+    lambda t, r: torch.nn.functional.pad(t, (1, 0)) if t.dim() else t,
+    lambda t, r: t.index_select(0, torch.arange(2) * (t.size(0) - 1)) if t.dim() else t,
+    lambda t, r: t[torch.arange(3).clamp(max=t.size(0) - 1)] if t.dim() else t,
+    lambda t, r: t.gather(0, torch.zeros_like(t, dtype=torch.int64)) if t.dim() else t,
+    lambda t, r: torch.zeros_like(t).index_add(0, torch.arange(t.size(0)), t) if t.dim() else t,
+    _regrouped,
+    _sliced,
+    _product,
+]
+TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda a, b: a + b,
+    lambda a, b: a * b,
+    lambda a, b: a - 2 * b,
+    lambda a, b: torch.maximum(a, b),
+    lambda a, b: torch.cat([a, b]) if a.dim() else torch.stack([a, b]),
+]
+
+
+def _chain(inputs: list[Tensor], seed: str) -> list[Tensor]:
+    """A chain of random operators, the same for the same seed; some results are reused, some are given back."""
+    r = random.Random(seed)
+    made = list(inputs)
+    for _ in range(r.randint(3, 12)):
+        t = r.choice(made[-3:])
+        peers = [p for p in made if p.shape == t.shape]
+        made.append(r.choice(TWO)(t, r.choice(peers)) if r.random() < 0.3 else r.choice(ONE)(t, r))
+        if made[-1].numel() > 2000 or made[-1].numel() == 0:
+            made.pop()
+    return [t.clone() for t in made[-2:]]
+
+
+def _placement(t: Tensor, n: int, r: random.Random) -> Placement | None:
+    """Anything a tensor may lie like; parts may be uneven, and even empty."""
+    kind = r.choice(("host", "whole", "partial", "split", "split"))
+    if kind == "split" and t.dim():
+        d = r.randrange(t.dim())
+        cuts = sorted(r.randint(0, t.size(d)) for _ in range(n - 1))
+        return Shard(d, tuple(b - a for a, b in zip([0, *cuts], [*cuts, t.size(d)], strict=True)))
+    return {"host": None, "whole": Replicate(), "partial": Partial()}.get(kind)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_random_chain_gives_one_devices_numbers(seed: int):
+    torch.set_num_threads(1)
+    r = random.Random(seed)
+    for k in range(CHAINS_A_SEED):
+        name = f"{seed}/{k}"
+        torch.manual_seed(k)
+        shape = [r.randint(1, 7) for _ in range(r.randint(1, 3))]
+        inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+        graph = trace(lambda *args, name=name: tuple(_chain(list(args), name)), [], inputs)
+        expected = _chain(inputs, name)
+        n = r.randint(1, 4)
+        program = lower(graph, Plan(n), [_placement(t, n, r) if n > 1 else None for t in inputs])
+        for a, b in zip(run(program, inputs), expected, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
