@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lockstep import run
-from step_tracing import trace
 
 import moai.graph.ops  # noqa: F401
 from moai.lower import Program, lower
 from moai.plan.plan import Plan
+from tests.lower.lockstep import run
+from tests.lower.step_tracing import trace
 
 Tensors = Sequence[torch.Tensor]
 DEVICES = (1, 2, 3, 4)

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from lockstep import run, run_local, spread, whole
-from step_tracing import single, trace
 
 from moai.graph.placement import Partial, Replicate, Shard
 from moai.graph.step_graph import Input, Node, Origin, Output, Ref, StepGraph, TensorType
 from moai.lower import Program, lower
 from moai.plan.plan import Plan
+from tests.lower.lockstep import run, run_local, spread, whole
+from tests.lower.step_tracing import single, trace
 
 aten = torch.ops.aten
 FORWARD = Origin("forward", where="train.py:7")

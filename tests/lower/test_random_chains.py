@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lockstep import run
-from step_tracing import trace
 
 from moai.graph.placement import Partial, Placement, Replicate, Shard
 from moai.lower import lower
 from moai.plan.plan import Plan
+from tests.lower.lockstep import run
+from tests.lower.step_tracing import trace
 
 Tensor = torch.Tensor
 Step = Callable[[list[Tensor]], Tensor]
