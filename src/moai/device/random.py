@@ -6,6 +6,7 @@ with new numbers is the same graph. Distributions that torch defines by a transf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,9 @@ def table(recorder: Recorder) -> dict[str, Callable[..., Any]]:
 
     def geometric_(self: torch.Tensor, p: float, *, generator: Any = None) -> torch.Tensor:
         uniform = numbers(self.shape, torch.float32, "uniform", 0.0, 1.0, generator)
-        return self.copy_((uniform.log1p_() / torch.tensor(-p).log1p_().item()).ceil().clamp_(min=1) if p < 1 else 1)
+        if p == 1:
+            return self.fill_(1)
+        return self.copy_((uniform.neg_().log1p_() / math.log1p(-p)).ceil_().clamp_(min=1))
 
     return {
         "uniform_": lambda self, a=0.0, b=1.0, *, generator=None: fill(self, "uniform", a, b, generator),
