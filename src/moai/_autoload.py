@@ -9,11 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moai.session import Session
 
 
 def activate() -> None:
     """Makes the accelerator known to torch."""
     try:
+        from moai.device import owner
+
+        owner.provide(_session)
         _offer_options()
         if _is_wanted():
             from moai.device import alias
@@ -22,6 +29,13 @@ def activate() -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         logging.getLogger("moai").warning("The MoAI Accelerator is not available: %s: %s", type(error).__name__, reason)
+
+
+def _session() -> Session:
+    """The process's session, which imports the rest of the house."""
+    from moai import session
+
+    return session.current()
 
 
 def _offer_options() -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moai.capture.geometry import numel
 from moai.capture.operators import Operator
 from moai.capture.trace import Call, FloatSpec, FloatsSpec, OutSpec, Seed, SeedSpec, TensorSpec, out_specs
-from moai.capture.geometry import numel
 from moai.capture.values import Base, Record, Value
 
 if TYPE_CHECKING:
@@ -203,11 +203,13 @@ def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], k
         result = operator.op(*host_args, **host_kwargs)
     if not operator.mutated:
         return up(result)
+    targets = []
     for i, name in zip(operator.mutated, operator.mutated_names, strict=True):
         target, new = (args[i], host_args[i]) if i < len(args) else (kwargs[name], host_kwargs[name])
+        targets.append(target)
         for t, n in zip(target, new, strict=True) if isinstance(target, (list, tuple)) else [(target, new)]:
             if t.shape != n.shape:
                 t.resize_(n.shape)
             t.copy_(n)
-    results = [None if i is None else args[operator.mutated[i]] for i in operator.returned]
+    results = [None if i is None else targets[i] for i in operator.returned]
     return results[0] if len(results) == 1 else tuple(results) or None

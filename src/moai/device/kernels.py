@@ -85,7 +85,9 @@ def _memory(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         stride = contiguous_stride(size)
         needed = (self.storage_offset() + span(size, stride)) * self.element_size()
         if needed <= self.untyped_storage().nbytes():
-            return aten.as_strided_.default.redispatch(_CPU_KERNELS, self, list(size), list(stride), self.storage_offset())
+            return aten.as_strided_.default.redispatch(
+                _CPU_KERNELS, self, list(size), list(stride), self.storage_offset()
+            )
         larger = torch.empty(size, dtype=self.dtype, device=self.device)
         if self.numel():
             larger.view(-1)[: self.numel()].copy_(self.reshape(-1))
@@ -158,8 +160,18 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     def equal(self: torch.Tensor, other: torch.Tensor) -> bool:
         return torch.equal(*(recorder.read(t) if on_accelerator(t) else t for t in (self, other)))
 
+    def triangle_indices(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def kernel(
+            *args: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None
+        ) -> torch.Tensor:
+            return recorder.upload(make(*args, dtype=dtype or torch.int64, device="cpu"), ends_segment=False)
+
+        return kernel
+
     def put(operator: Operator) -> Callable[..., torch.Tensor]:
-        def kernel(self: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False, *rest: Any) -> torch.Tensor:
+        def kernel(
+            self: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False, *rest: Any
+        ) -> torch.Tensor:
             mask = indices[0] if len(indices) == 1 else None
             if mask is not None and mask.dtype == torch.bool and values.numel() == 1 and not accumulate:
                 mask = mask.to(self.device).reshape(*mask.shape, *([1] * (self.dim() - mask.dim())))
@@ -190,6 +202,8 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     return {
         "_local_scalar_dense": local_scalar,
         "equal": equal,
+        "tril_indices": triangle_indices(torch.tril_indices),
+        "triu_indices": triangle_indices(torch.triu_indices),
         "index_put_": put(index_put),
         "_index_put_impl_": put(index_put_impl),
         "native_batch_norm": native_batch_norm,

@@ -6,9 +6,10 @@ The session lies on a higher floor; it is handed in here as a function, and made
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from moai.capture.recorder import Recorder
+if TYPE_CHECKING:
+    from moai.capture.recorder import Recorder
 
 
 class Owner(Protocol):
@@ -24,9 +25,6 @@ class Owner(Protocol):
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes over all devices: used, the most ever used, and all there are."""
-
-    def reset_peak_memory(self) -> None:
-        """Let the most ever used start again from what is used now."""
 
 
 _provide: Callable[[], Owner] | None = None

@@ -77,7 +77,9 @@ _addresses: _AddressRange | None = None
 
 
 @cache
-def maker(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor, Record]]:
+def maker(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], tuple[torch.Tensor, Record]]:
     """A function that makes tensors of this geometry, each with its own storage and record.
 
     One DLPack header a geometry is filled once and kept for good: torch reads it while it builds a tensor, and its (absent)
@@ -112,4 +114,3 @@ def maker(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) ->
 
     make.header = header  # type: ignore[attr-defined]  # keeps the memory that `pointer` points to
     return make
-

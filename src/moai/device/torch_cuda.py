@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moai.device import generator, rng, torch_cuda_memory, torch_cuda_streams
+from moai.device import generator, owner, rng, torch_cuda_memory, torch_cuda_streams
 from moai.device.torch_device import invalid_ordinal
 
 CAPABILITY = (9, 0)  # what scripts use to decide whether bf16 and fused kernels are worth trying
@@ -72,9 +72,8 @@ def _lazy_init() -> None:
         )
     if _opened_in is None:
         from moai.device import autocast
-        from moai.session import current
 
-        current()
+        owner.current()
         autocast.install()
         _opened_in = os.getpid()
 
@@ -106,10 +105,8 @@ def check_index(device: Any) -> None:
 
 def get_device_name(device: Any = None) -> str:
     """The accelerator's display name. Asking for it acquires the accelerator."""
-    from moai.session import current
-
     check_index(device)
-    current().acquire()
+    owner.current().acquire()
     return _name()
 
 
@@ -144,10 +141,8 @@ def can_device_access_peer(device: Any, peer_device: Any) -> bool:
 
 def synchronize(device: Any = None) -> None:
     """Returns when everything that the script has asked for is done."""
-    from moai.session import current
-
     check_index(device)
-    current().synchronize()
+    owner.current().synchronize()
 
 
 def _accelerator_synchronize(device: Any = None) -> None:

@@ -10,6 +10,8 @@ import os
 from collections import OrderedDict
 from typing import Any
 
+from moai.device import owner
+
 # torch.accelerator has functions of these names; its own need an allocator written in C++
 GENERIC = (
     *("empty_cache", "memory_stats", "memory_allocated", "max_memory_allocated", "memory_reserved"),
@@ -35,9 +37,7 @@ _peak_at_reset = 0
 
 def _figures() -> tuple[int, int, int]:
     """Bytes: used, the most ever used, and all there are."""
-    from moai.session import current
-
-    return current().memory()
+    return owner.current().memory()
 
 
 def memory_allocated(device: Any = None) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from moai.device import owner
+
 __all__ = ["Event", "Stream", "StreamContext", "current_stream", "default_stream", "set_stream", "stream"]
 
 
@@ -124,6 +126,4 @@ def set_stream(stream: Stream | None) -> None:
 
 
 def _synchronize() -> None:
-    from moai.session import current
-
-    current().synchronize()
+    owner.current().synchronize()
