@@ -37,6 +37,8 @@ def _regrouped(t: Tensor, r: random.Random) -> Tensor:
 
 
 def _sliced(t: Tensor, r: random.Random) -> Tensor:
+    if t.dim() == 0:
+        return t
     d = _dim(t, r)
     begin = r.randrange(t.size(d))
     return t.narrow(d, begin, r.randint(1, t.size(d) - begin))
