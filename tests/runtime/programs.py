@@ -40,8 +40,8 @@ def increment(n: int, type: TensorType, placement: Placement | None = None) -> P
 
 
 def busy_seconds(n: int) -> Program:
-    """One matrix product that takes a core several seconds; its input is [6000, 6000]."""
-    big = f32(6000, 6000)
+    """One matrix product that takes a core several seconds; its input is [4000, 4000]."""
+    big = f32(4000, 4000)
     out = slot(2, f32())
     return program(
         n,

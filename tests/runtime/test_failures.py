@@ -41,7 +41,7 @@ def pids(accelerator: Accelerator) -> list[int]:
 
 
 def big_input(accelerator: Accelerator):
-    return accelerator.upload(torch.zeros(6000, 6000), Replicate())
+    return accelerator.upload(torch.zeros(4000, 4000), Replicate())
 
 
 # A worker fails.
@@ -71,8 +71,8 @@ def test_after_a_failure_every_call_raises_it_and_the_workers_are_gone(doomed: A
 def test_a_killed_worker_is_named_though_its_peer_complains_first(doomed: Accelerator) -> None:
     p = program(
         2,
-        [slot(0, f32(6000, 6000))],
-        [slot(2, f32(6000, 6000))],
+        [slot(0, f32(4000, 4000))],
+        [slot(2, f32(4000, 4000))],
         op("all_reduce", Ref(0), outs=1),
         op("aten.mm.default", Ref(0), Ref(0), outs=3, where="train.py:7"),
         op("all_reduce", Ref(3), outs=2),
@@ -131,7 +131,7 @@ SCRIPT = """
     from moai.runtime.accelerator import Accelerator
     from tests.runtime.programs import busy_seconds, cpus
     a = Accelerator(cpus(2))
-    a.run(busy_seconds(2), [a.upload(torch.zeros(6000, 6000), Replicate())], [])
+    a.run(busy_seconds(2), [a.upload(torch.zeros(4000, 4000), Replicate())], [])
     time.sleep(0.5)
     print(*[link.worker.pid for link in a._links], flush=True)
 """

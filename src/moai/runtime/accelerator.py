@@ -247,9 +247,10 @@ class Accelerator:
             link.post(encoded, awaits=awaits)
 
     def _post_frees(self) -> None:
-        if self._frees:
-            # Buffers die in any thread at any time: take what is there now.
+        with self._changed:
+            # Buffers die in any thread at any time: take those that are there now.
             dead = tuple(self._frees.popleft() for _ in range(len(self._frees)))
+        if dead:
             self._broadcast(m.Free(dead))
 
     # Waiting and failing.

@@ -123,7 +123,7 @@ class Worker:
                     self._read(command)
                 case m.Free():
                     for buffer in command.buffers:
-                        del self._buffers[buffer]
+                        self._buffers.pop(buffer, None)  # absent if Ctrl-C fell into its upload
                 case m.Load(program):
                     self._doing = f"load program {program.name}"
                     self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._collectives)
@@ -154,7 +154,7 @@ class Worker:
             done.synchronize()
 
     def _read(self, command: m.Read) -> None:
-        x = self._buffers[command.buffer].resolve_conj().resolve_neg().contiguous().cpu()
+        x = self._buffers[command.buffer].resolve_conj().resolve_neg().cpu()
         offset = 0
         for piece in pieces(x):
             # One message each, so that pulses get through in between.
