@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard, split_evenly
+from moai.graph.placement import Placement, Replicate, Shard, split_evenly
 from moai.graph.rules.dims import REPLICATE
 from moai.graph.step_graph import Input, Origin, Ref, StepGraph, flat_ids
 from moai.lower.buckets import bucketed
@@ -24,10 +24,6 @@ from moai.lower.placing import Placer
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.values import Values
 from moai.plan.plan import Plan
-
-# Sums of up to so many entries are taken before they are put out: scripts read them (losses, counts, norms).
-# Larger ones may stay terms: gradients, which the next segment adds to.
-_TINY = 4096
 
 _names = (f"step{i}" for i in itertools.count())
 
@@ -117,14 +113,18 @@ def _donated(graph: StepGraph) -> set[int]:
 
 
 def _placed_outputs(graph: StepGraph, outputs: Sequence[int], placer: Placer, values: Values) -> list[int]:
-    """The values to put out. What takes the place of a whole tensor is whole, as the next step expects it to be."""
+    """The values to put out. What takes the place of a whole tensor is whole, as the next step expects it to be.
+
+    A single number is summed, since scripts read those (losses, counts, norms). Any other sum may stay in terms:
+    gradients, to which the next segment adds its own. Samples stay split.
+    """
     origin = graph.nodes[-1].origin if graph.nodes else Origin("forward")
     found = []
     for id_, out in zip(outputs, graph.outputs, strict=True):
         id_ = placer.settled(id_)
         taken_over = None if out.replaces is None else values.placement(graph.inputs[out.replaces].id)
-        tiny_sum = isinstance(values.placement(id_), Partial) and values.types[id_].numel <= _TINY
-        if tiny_sum or isinstance(taken_over, Replicate):
+        one_number = values.types[id_].numel == 1
+        if one_number or isinstance(taken_over, Replicate):
             id_ = placer.placed(id_, REPLICATE, origin)
         found.append(id_)
     return found
