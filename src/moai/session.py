@@ -1,7 +1,7 @@
 """The session: one process's life on its accelerator.
 
-In: segments from `capture`. Out: their results. It ties the rooms together: first use -> resources -> capture -> plan -> lower ->
-run -> release. One a process; made at the device's first use, connected at the first step.
+In: segments from `capture`. Out: their results. It ties the rooms together: first use -> resources -> capture -> plan
+-> lower -> run -> release. One a process; made at the device's first use, connected at the first step.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Session:
         """The connected accelerator; connects at the first call, with the log lines of a starting program."""
         if os.getpid() != self._pid:
             raise RuntimeError(
-                "The accelerator cannot be used in a forked process. Use it in the main process only, or start processes by "
-                "multiprocessing's 'spawn' method."
+                "The accelerator cannot be used in a forked process. Use it in the main process only, or start "
+                "processes by multiprocessing's 'spawn' method."
             )
         if self._accelerator is None:
             log.install()
@@ -220,4 +220,3 @@ def current() -> Session:
     if _current is None:
         _current = Session()
     return _current
-

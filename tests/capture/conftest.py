@@ -41,8 +41,8 @@ class Observed:
 
 @pytest.fixture
 def reads_on_the_host() -> bool:
-    """Whether small values are worked out on the host instead of ending the segment. Off, so that small tests see what large
-    programs do; a test that wants it on parametrizes this."""
+    """Whether small values are worked out on the host instead of ending the segment. Off, so that small tests see what
+    large programs do; a test that wants it on parametrizes this."""
     return False
 
 

@@ -22,7 +22,11 @@ def evaluate(graph: StepGraph, inputs: list[torch.Tensor], scalars: list[float |
     def store(outs: Any, result: Any) -> None:
         if isinstance(outs, int):
             claimed = graph.types[outs]
-            assert (tuple(result.shape), result.dtype) == (claimed.shape, claimed.dtype), (node.op, claimed, result.shape)
+            assert (tuple(result.shape), result.dtype) == (claimed.shape, claimed.dtype), (
+                node.op,
+                claimed,
+                result.shape,
+            )
             env[outs] = result
         elif outs is not None:
             for o, r in zip(outs, result, strict=True):

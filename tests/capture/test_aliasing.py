@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn as nn
 
@@ -91,6 +92,14 @@ def test_a_write_to_an_expanded_source_is_seen_through_it(device):
 def test_copying_into_an_expanded_tensor_writes_its_source(device):
     x = torch.zeros(3, 1).to(device)
     x.expand(3, 4)[:, :1].copy_(randn(3, 1).to(device))
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:Use of masked_fill_ on expanded tensors")
+@same_as_cpu
+def test_filling_an_expanded_tensor_writes_its_source(device):
+    x = randn(3, 1).to(device)
+    x.expand(3, 4).masked_fill_(torch.tensor([[True], [False], [True]]).to(device), 5.0)
     return x
 
 
@@ -215,6 +224,16 @@ def test_pow_and_other_in_place_functions(device):
     x.sqrt_()
     x.lerp_(torch.ones(3, 3).to(device), 0.25)
     return x
+
+
+@same_as_cpu
+def test_in_place_operators_without_a_functional_form(device):
+    i = torch.tensor([1, 2, 12]).to(device)
+    i <<= 2
+    i[1:] >>= torch.tensor([1, 3]).to(device)
+    x = torch.tensor([1.5, 2.5]).to(device)
+    x.polygamma_(1)
+    return i, x
 
 
 @same_as_cpu
@@ -510,7 +529,7 @@ def train(device, make_optimizer, steps=3):
         optimizer.zero_grad()
         model(randn(2, 3, seed=i).to(device)).pow(2).sum().backward()
         optimizer.step()
-    return [p for p in model.parameters()]
+    return list(model.parameters())
 
 
 @same_as_cpu

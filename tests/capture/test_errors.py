@@ -130,6 +130,6 @@ def test_memory_that_was_never_written_reads_as_zeros() -> None:
 
 
 def test_an_unsupported_dtype_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match="no tensors of dtype torch.float8_e4m3fn; it has"):
+    with pytest.raises(RuntimeError, match=r"no tensors of dtype torch\.float8_e4m3fn; it has"):
         torch.empty(3, dtype=torch.float8_e4m3fn, device="cuda")
     assert still_works()

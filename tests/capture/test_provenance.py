@@ -83,7 +83,8 @@ def test_optimizer_nodes_say_which_line_called_step(graph: StepGraph) -> None:
 
 
 def test_a_recomputed_forward_is_backward_work_of_its_module(capture: Observed) -> None:
-    """What a checkpointed layer recomputes runs within the backward pass, and is told from the gradients by its operators."""
+    """What a checkpointed layer recomputes runs within the backward pass, and is told from the gradients by its
+    operators."""
 
     class Checkpointed(torch.nn.Module):
         def __init__(self) -> None:

@@ -108,7 +108,6 @@ def test_a_program_with_one_thing_changed_is_not_taken_for_the_one_before(seed: 
 # ---------------------------------------------------------------------- each thing that can differ, by name
 
 
-
 def cuda(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return randn(*size, seed=seed).to(dtype).to("cuda")
 
@@ -137,7 +136,8 @@ def test_an_operand_that_is_another_view_of_the_same_tensor_is_noticed() -> None
 
 
 def test_storages_of_another_layout_are_noticed() -> None:
-    """The same window, but the rest of the storage, which a write through another view reaches, is laid out otherwise."""
+    """The same window, but the rest of the storage, which a write through another view reaches, is laid out
+    otherwise."""
     for rows in (2, 3):
         base = cuda(rows, 4)
         first = base[0]
@@ -199,6 +199,21 @@ def test_what_a_failed_match_took_in_is_given_back() -> None:
     assert_same(torch.cat([x, z]), torch.cat([x.cpu(), z.cpu()]))
     both = torch.cat([x, z]) * 2
     assert_same(both, torch.cat([x.cpu(), z.cpu()]) * 2)
+
+
+def test_memory_that_was_filled_this_time_is_noticed() -> None:
+    for filled in (False, True, False):
+        x = torch.empty(3, device="cuda")
+        if filled:
+            x.copy_(randn(3))
+        assert_same(x + 1, randn(3) + 1 if filled else torch.ones(3))
+
+
+def test_a_number_that_a_failed_match_took_in_is_given_back() -> None:
+    x = cuda(6)
+    for low, high, scale in ((-0.1, 1.0, 2.0), (-0.2, 1.0, 3.0), (-0.3, 1.0, 4.0), (-0.4, 2, 5.0), (-0.5, 2, 6.0)):
+        got = torch.nn.functional.hardtanh(x, low, high) * scale
+        assert_same(got, torch.nn.functional.hardtanh(x.cpu(), low, high) * scale)
 
 
 # ---------------------------------------------------------------------- floats

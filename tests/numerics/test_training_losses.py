@@ -43,9 +43,7 @@ def on_devices(n: int, cases: tuple[str, ...]) -> dict[str, list[float]]:
 def furthest(got: dict[str, list[float]], expected: dict[str, list[float]]) -> dict[str, float]:
     """The largest relative difference of each case."""
     assert got.keys() == expected.keys()
-    return {
-        case: max(abs(a - b) / abs(b) for a, b in zip(got[case], expected[case], strict=True)) for case in expected
-    }
+    return {case: max(abs(a - b) / abs(b) for a, b in zip(got[case], expected[case], strict=True)) for case in expected}
 
 
 def assert_close(n: int, cases: tuple[str, ...], tolerance: float) -> None:
@@ -58,7 +56,9 @@ def test_a_model_that_stays_in_fp64_agrees_to_1e_10(n: int) -> None:
     assert_close(n, FP64, 1e-10)
 
 
-@pytest.mark.parametrize("cases", [HUGGING_FACE[:5], HUGGING_FACE[5:10], HUGGING_FACE[10:]], ids=["sdpa", "eager", "optimizers"])
+@pytest.mark.parametrize(
+    "cases", [HUGGING_FACE[:5], HUGGING_FACE[5:10], HUGGING_FACE[10:]], ids=["sdpa", "eager", "optimizers"]
+)
 def test_hugging_face_models_in_fp32_agree_to_1e_5_on_two_devices(cases: tuple[str, ...]) -> None:
     assert_close(2, cases, 1e-5)
 

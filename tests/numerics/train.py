@@ -1,6 +1,7 @@
 """A plain single-device script: trains small models, prints their losses as JSON. Run with a device and case names.
 
-Every case trains 20 steps at batch 7 with labels that are ignored unevenly, which is where averages of averages go wrong.
+Every case trains 20 steps at batch 7 with labels that are ignored unevenly, which is where averages of averages go
+wrong.
 """
 
 from __future__ import annotations
@@ -59,10 +60,15 @@ class Block(nn.Module):
 def hugging_face(kind: str, attention: str = "sdpa") -> nn.Module:
     import transformers as t
 
-    common = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=64,
-    )  # fmt: skip
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+    }
     configs: dict[str, Callable[[], object]] = {
         "qwen2": lambda: t.Qwen2Config(tie_word_embeddings=True, **common),
         "llama": lambda: t.LlamaConfig(**common),
@@ -104,11 +110,15 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(case: str, device: str) -> list[float]:
-    """The losses of a case: model.optimizer[.extra...] with extras eager, bf16, clip, accumulate, twice, mask, fp64."""
+    """The losses of a case: model.optimizer[.extra...] with extras eager, double, clip, accumulate, twice, mask."""
     kind, optimizer_name, *extras = case.split(".")
     torch.manual_seed(0)
     own = kind in ("fp64", "dropout")
-    model = Fp64Transformer(0.2 if kind == "dropout" else 0.0) if own else hugging_face(kind, *[e for e in extras if e == "eager"])
+    model = (
+        Fp64Transformer(0.2 if kind == "dropout" else 0.0)
+        if own
+        else hugging_face(kind, *[e for e in extras if e == "eager"])
+    )
     if "double" in extras:
         model.double()
     model.to(device).train()

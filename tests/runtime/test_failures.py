@@ -16,7 +16,8 @@ from moai.graph.placement import Replicate
 from moai.graph.step_graph import Ref
 from moai.platform.device import Device
 from moai.runtime.accelerator import Accelerator
-from tests.runtime.programs import cpus, f32, increment, op, program, slot
+from moai.runtime.messages import Failed
+from tests.runtime.programs import busy_seconds, cpus, f32, increment, op, program, slot
 
 
 def gone(pids: Sequence[int], within: float) -> bool:
@@ -68,23 +69,30 @@ def test_after_a_failure_every_call_raises_it_and_the_workers_are_gone(doomed: A
     assert gone(pids(doomed), within=5)
 
 
-def test_a_killed_worker_is_named_though_its_peer_complains_first(doomed: Accelerator) -> None:
-    p = program(
-        2,
-        [slot(0, f32(4000, 4000))],
-        [slot(2, f32(4000, 4000))],
-        op("all_reduce", Ref(0), outs=1),
-        op("aten.mm.default", Ref(0), Ref(0), outs=3, where="train.py:7"),
-        op("all_reduce", Ref(3), outs=2),
-    )
-    doomed.run(p, [big_input(doomed)], [])
-    time.sleep(1.5)
+def test_a_worker_killed_in_a_run_is_named_with_the_cause(doomed: Accelerator) -> None:
+    doomed.run(busy_seconds(2), [big_input(doomed)], [])
+    time.sleep(0.5)
     os.kill(pids(doomed)[1], signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"device 1 .*lost in step 1: .*killed by signal 9 \(SIGKILL\)(.|\n)*memory"):
         doomed.synchronize()
     assert time.monotonic() - start < 5
     assert gone(pids(doomed), within=5)
+
+
+def test_a_dead_worker_is_blamed_though_its_peer_complains_first(doomed: Accelerator) -> None:
+    doomed._on_reply(0, Failed("connection closed by peer", in_collective=True))
+    os.kill(pids(doomed)[1], signal.SIGKILL)
+    time.sleep(0.5)
+    with pytest.raises(RuntimeError, match=r"device 1 .*SIGKILL"):
+        doomed.synchronize()
+
+
+def test_a_failed_collective_is_the_error_when_nothing_explains_it(doomed: Accelerator) -> None:
+    doomed._on_reply(0, Failed("connection closed by peer", in_collective=True))
+    time.sleep(4)
+    with pytest.raises(RuntimeError, match=r"device 0 .*connection closed by peer"):
+        doomed.synchronize()
 
 
 def test_a_worker_killed_between_runs_is_noticed_at_the_next_call(doomed: Accelerator) -> None:
@@ -168,8 +176,14 @@ def script() -> Iterator:
 )
 def test_workers_end_with_the_script(script, end: str) -> None:
     process, workers = script(end)
-    process.wait(10)
+    process.wait(30)
     assert len(workers) == 2 and gone(workers, within=5)
+
+
+def test_a_worker_that_is_stopped_ends_with_the_script_too(script) -> None:
+    process, workers = script("import os, signal; os.kill(a._links[0].worker.pid, signal.SIGSTOP)")
+    process.wait(30)
+    assert gone(workers, within=5)
 
 
 def test_workers_end_when_the_script_is_killed(script) -> None:

@@ -1,8 +1,8 @@
 """Recorded calls -> StepGraph: mutation and aliasing disappear.
 
-Every storage has a current value (its base tensor). Reading a tensor derives its view from that value; writing one puts the
-new content back through the inverses of the same view steps, so every later reader of the storage sees it. Both go by geometry
-(`capture.geometry`); where geometry has no such steps, the strided operators of `graph.ops` do it.
+Every storage has a current value (its base tensor). Reading a tensor derives its view from that value; writing one
+puts the new content back through the inverses of the same view steps, so every later reader of the storage sees it.
+Both go by geometry (`capture.geometry`); where geometry has no such steps, the strided operators of `graph.ops` do it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 import moai.graph.ops  # noqa: F401  (registers torch.ops.moai)
-
 from moai.capture.geometry import ViewStep, view_chain
 from moai.capture.host_eval import tensor_specs, written_specs
 from moai.capture.operators import functional_twin
@@ -27,7 +26,8 @@ _FILLS = {"aten::zero_", "aten::fill_"}
 
 
 class Functionalizer:
-    """Builds one graph. `kept[sid]`: storage `sid` lives on; `roles[sid]` (of storages from before): what its value is."""
+    """Builds one graph. `kept[sid]`: storage `sid` lives on; `roles[sid]` (of storages from before): what its value
+    is."""
 
     def __init__(self, kept: tuple[bool, ...], roles: dict[int, Role]) -> None:
         self.kept = kept
@@ -247,7 +247,9 @@ class Functionalizer:
         assert operator is not None
         twin = functional_twin(operator.op)
         if twin is None:
-            raise RuntimeError(f"{operator.name} writes its arguments and has no functional form; it cannot be captured.")
+            raise RuntimeError(
+                f"{operator.name} writes its arguments and has no functional form; it cannot be captured."
+            )
         dropped = operator.mutated_names if operator.is_out_variant else ()
         args = tuple(self._argument(s) for s in call.args)
         kwargs = {k: self._argument(s) for k, s in call.kwargs.items() if k not in dropped}
@@ -259,7 +261,7 @@ class Functionalizer:
         self.nodes.append(Node(twin, args, kwargs, outs, self.origin))
         results = [i for i in _flat(outs) if i is not None]
         fresh = call.outs or []
-        n_new = len([o for o in _flat_specs(fresh)])
+        n_new = len(list(_flat_specs(fresh)))
         written = results[n_new:] if _new_results_first(operator) else results[: len(results) - n_new]
         new = results[:n_new] if _new_results_first(operator) else results[len(results) - n_new :]
         for target, value in zip(targets, written, strict=True):
@@ -297,7 +299,8 @@ class Functionalizer:
         index_of_input = {sid: i for i, sid in enumerate(input_sids)}
         outputs = tuple(Output(self.current[sid], index_of_input.get(sid)) for sid in output_sids)
         inputs = tuple(
-            Input(self.input_ids[sid], self.roles[sid] == "batch", not self.kept[sid] or sid in self.written) for sid in input_sids
+            Input(self.input_ids[sid], self.roles[sid] == "batch", not self.kept[sid] or sid in self.written)
+            for sid in input_sids
         )
         nodes = _without_dead_nodes(self.nodes, {o.id for o in outputs})
         return StepGraph(tuple(self.types), inputs, outputs, nodes, self.n_scalars), input_sids, output_sids

@@ -7,6 +7,7 @@ steps that do not divide). Recording therefore never has to remember which view 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,7 +50,9 @@ def span(size: Size, stride: Size) -> int:
 
 
 @lru_cache(maxsize=100_000)
-def view_chain(base_size: Size, base_stride: Size, size: Size, stride: Size, offset: int) -> tuple[ViewStep, ...] | None:
+def view_chain(
+    base_size: Size, base_stride: Size, size: Size, stride: Size, offset: int
+) -> tuple[ViewStep, ...] | None:
     """The steps from a dense base to the view; None where the view cannot be written that way."""
     if numel(size) == 0 or span(base_size, base_stride) != numel(base_size):
         return None
@@ -85,7 +88,9 @@ def _levels(lengths: Size, dims: list[tuple[int, int]], offset: int) -> list[int
     wanted = [st for st, _ in dims]
     if len(set(wanted)) != len(wanted):
         return None
-    levels = sorted({*wanted, *(st for st, n in zip(contiguous_stride(lengths), lengths, strict=True) if n != 1)}, reverse=True)
+    levels = sorted(
+        {*wanted, *(st for st, n in zip(contiguous_stride(lengths), lengths, strict=True) if n != 1)}, reverse=True
+    )
     while True:
         bad = _first_misfit(total, levels, dims, offset)
         if bad is None:
@@ -100,7 +105,7 @@ def _first_misfit(total: int, levels: list[int], dims: list[tuple[int, int]], of
     for a misfit that cannot be mended."""
     bounds = [total, *levels]
     wanted = {st for st, _ in dims}
-    for upper, lower in zip(bounds, bounds[1:], strict=False):
+    for upper, lower in itertools.pairwise(bounds):
         if upper % lower:
             return lower if lower not in wanted else upper
     for st, n in dims:
@@ -115,7 +120,7 @@ def _window(lengths: Size, levels: list[int], dims: list[tuple[int, int]], offse
     """Append the reshape to the levels' lengths, then the slices and selects."""
     total = numel(lengths)
     bounds = [total, *levels]
-    shape = [upper // lower for upper, lower in zip(bounds, bounds[1:], strict=False)]
+    shape = [upper // lower for upper, lower in itertools.pairwise(bounds)]
     if not levels or levels[-1] != 1:
         shape.append(levels[-1] if levels else total)
         levels = [*levels, 1]

@@ -1,7 +1,8 @@
-"""Working things out on the host: small values whose inputs are at hand, and operators whose result has no shape of its own.
+"""Working things out on the host: small values whose inputs are at hand, and operators whose result has no shape of
+its own.
 
-In: the recorder's pending calls. Out: CPU tensors. The calls run as they were recorded, mutations and views included, on
-copies of the inputs. A read that is answered here does not end the segment.
+In: the recorder's pending calls. Out: CPU tensors. The calls run as they were recorded, mutations and views included,
+on copies of the inputs. A read that is answered here does not end the segment.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
 
 
 def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
-    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit. A number of steps back
-    beyond which nothing is looked for bounds the cost of asking."""
+    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit. A number of
+    steps back beyond which nothing is looked for bounds the cost of asking."""
     needed, calls, node, looked_at = {sid}, [], end, 0
     while node.operator is not None:
         looked_at += 1
@@ -176,10 +177,10 @@ def _layout(out: OutSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call at once on the host, with its inputs read and its results uploaded: for operators whose result's shape
-    depends on data. A wrong call gets torch's own error here."""
+    depends on data, or that write and have no functional form. A wrong call gets torch's own error here."""
     if operator.name not in _said:
         _said.add(operator.name)
-        logger.debug("%s has a result whose shape depends on data; it is computed on the host.", operator.name)
+        logger.debug("%s does not fit into a graph of known shapes without writes; it runs on the host.", operator.name)
 
     def down(arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
@@ -211,5 +212,6 @@ def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], k
             if t.shape != n.shape:
                 t.resize_(n.shape)
             t.copy_(n)
-    results = [None if i is None else targets[i] for i in operator.returned]
+    returned = result if isinstance(result, tuple) else (result,)
+    results = [up(r) if i is None else targets[i] for r, i in zip(returned, operator.returned, strict=False)]
     return results[0] if len(results) == 1 else tuple(results) or None

@@ -14,13 +14,16 @@ _META = torch.device("meta")
 _results: dict[Any, Any] = {}
 
 
-# The results' shapes depend on data (or the call is wrong, which only running it can tell well).
+# The results' shapes depend on data, or the operator writes and has no functional form, or the call is wrong, which
+# only running it can tell well.
 UNKNOWN = object()
 
 
 def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill their memory without gaps or overlap."""
-    return span(size, stride) == numel(size) and (numel(size) < 2 or 0 not in [st for n, st in zip(size, stride, strict=True) if n > 1])
+    return span(size, stride) == numel(size) and (
+        numel(size) < 2 or 0 not in [st for n, st in zip(size, stride, strict=True) if n > 1]
+    )
 
 
 def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -30,11 +33,10 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _results[key]
     except KeyError:
         pass
-    op = operator.op
-    if operator.is_out_variant:
-        twin = functional_twin(op)
-        if twin is None:
-            return UNKNOWN
+    op, twin = operator.op, functional_twin(operator.op) if operator.mutated else None
+    if operator.mutated and twin is None:
+        return UNKNOWN
+    if operator.is_out_variant and twin is not None:
         op, kwargs = twin, {k: v for k, v in kwargs.items() if k not in operator.mutated_names}
     meta_kwargs = {k: _to_meta(v) for k, v in kwargs.items() if k != "pin_memory"}
     if operator.takes_device:

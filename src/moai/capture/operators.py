@@ -13,13 +13,16 @@ aten = torch.ops.aten
 
 # Operators whose schema does not say what they write. (native_batch_norm updates its running statistics silently; the
 # device replaces it by its functional form before it is recorded.)
-UNANNOTATED_WRITERS = frozenset({"aten::native_batch_norm", "aten::batch_norm_update_stats", "aten::cudnn_batch_norm"})
+UNANNOTATED_WRITERS = frozenset(
+    {"aten::native_batch_norm", "aten::batch_norm_update_stats", "aten::batch_norm_gather_stats",
+     "aten::batch_norm_gather_stats_with_counts"}
+)  # fmt: skip
 
 
 class Operator:
-    """`mutated`: positions of the arguments that are written. `returned`: for every return value, the index into `mutated`
-    of the argument that it is, or None for a new tensor. `takes_device`: it has a `device` argument. `output_mask`: position
-    of the argument that says which of the results are wanted, if there is one."""
+    """`mutated`: positions of the arguments that are written. `returned`: for every return value, the index into
+    `mutated` of the argument that it is, or None for a new tensor. `takes_device`: it has a `device` argument.
+    `output_mask`: position of the argument that says which of the results are wanted, if there is one."""
 
     __slots__ = ("mutated", "mutated_names", "name", "op", "output_mask", "returned", "takes_device")
 

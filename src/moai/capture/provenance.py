@@ -19,8 +19,12 @@ from moai.graph.step_graph import Origin
 _MODULE_CALL = torch.nn.Module._call_impl.__code__
 _MODULE_APPLY = torch.nn.Module._apply.__code__
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_LIBRARIES = tuple({os.path.dirname(torch.__path__[0]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), _HOME})
-_STATE_LOADERS = frozenset({"_apply", "load_state_dict", "_load_from_state_dict", "from_pretrained", "set_module_tensor_to_device"})
+_LIBRARIES = tuple(
+    {os.path.dirname(torch.__path__[0]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), _HOME}
+)
+_STATE_LOADERS = frozenset(
+    {"_apply", "load_state_dict", "_load_from_state_dict", "from_pretrained", "set_module_tensor_to_device"}
+)
 
 _names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -98,6 +102,7 @@ def _module_path() -> str:
     if innermost is None:
         return ""
     if innermost not in _names:
+        assert outermost is not None
         for name, module in outermost.named_modules():
             _names.setdefault(module, name)
     return _names.get(innermost, type(innermost).__name__)

@@ -1,8 +1,8 @@
 """The recorder: operator calls in, segments out.
 
-Each call on accelerator tensors is matched against what followed last time at this point (the replay path: a compare and an
-append), or described anew (the slow path: shapes by meta kernels, provenance). Nothing is computed here. A boundary
-(`flush`) hands the segment to `execute`; a value is read through `read`.
+Each call on accelerator tensors is matched against what followed last time at this point (the replay path: a compare
+and an append), or described anew (the slow path: shapes by meta kernels, provenance). Nothing is computed here. A
+boundary (`flush`) hands the segment to `execute`; a value is read through `read`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Stats:
 class Recorder:
     """See the module docstring.
 
-    `make`: (size, stride, dtype) -> maker of accelerator tensors. `execute`: Segment -> buffers of the graph's outputs.
-    `fetch`: buffer -> CPU tensor. `on_new_graph`: called with (graph, cause) when a segment has a graph not seen before.
+    `make`: (size, stride, dtype) -> maker of accelerator tensors. `execute`: Segment -> buffers of the graph's
+    outputs. `fetch`: buffer -> CPU tensor. `on_new_graph`: called with (graph, cause) when a segment has a graph not
+    seen before.
     """
 
     def __init__(
@@ -353,7 +354,11 @@ class Recorder:
 
     def _explain_departure(self, operator: Operator, args: tuple[Any, ...]) -> str:
         expected = self.cursor.children[0].operator
-        what = f"{operator.name} instead of {expected}" if expected is not operator else f"{operator.name} with other arguments"
+        what = (
+            f"{operator.name} instead of {expected}"
+            if expected is not operator
+            else f"{operator.name} with other arguments"
+        )
         shapes = ", ".join(str(list(a.shape)) for a in args if isinstance(a, torch.Tensor))
         return f"{what} (shapes {shapes}){provenance.in_script()}"
 
@@ -383,8 +388,8 @@ class Recorder:
         return result
 
     def fill_from_host(self, target: torch.Tensor, source: torch.Tensor, ends_segment: bool = True) -> bool:
-        """Give a newly allocated tensor the content of a CPU tensor, cast and broadcast to its type; False if `target` has
-        been used before. The copy stays on the host until the plan is known."""
+        """Give a newly allocated tensor the content of a CPU tensor, cast and broadcast to its type; False if `target`
+        has been used before. The copy stays on the host until the plan is known."""
         record = record_of(target)
         size, stride, offset, dtype = geometry_of(target)
         untouched = record.value is not None and record.value.role == "undefined" and record.epoch == -1
@@ -441,7 +446,11 @@ class Recorder:
     def _droppable(self, record: Record) -> bool:
         """Large, made by the forward pass of this segment, and after an earlier step held but never used."""
         call = record.made_by
-        if call is None or call.origin.phase != "forward" or TensorType(record.base[0], record.base[2]).nbytes <= KEEP_BYTES:
+        if (
+            call is None
+            or call.origin.phase != "forward"
+            or TensorType(record.base[0], record.base[2]).nbytes <= KEEP_BYTES
+        ):
             return False
         if not call.kept_unused:
             record.usage = Usage()
@@ -498,8 +507,6 @@ class Recorder:
         return _window(host, tensor).clone()
 
 
-
-
 def _begins_a_step(args: tuple[Any, ...]) -> bool:
     """Whether a call after an optimizer step belongs to a new forward pass: it works on what needs gradients."""
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
@@ -518,8 +525,8 @@ def _window(base: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_handed_over(source: torch.Tensor, base: Base) -> bool:
-    """Whether a module's CPU tensor is on its way out (Module.to replaces it by the accelerator's) and nothing else sees
-    its memory, which can then be taken over instead of copied: a model is in memory once."""
+    """Whether a module's CPU tensor is on its way out (Module.to replaces it by the accelerator's) and nothing else
+    sees its memory, which can then be taken over instead of copied: a model is in memory once."""
     size, stride, _, dtype = geometry_of(source)
     storage = source.untyped_storage()
     is_whole = (size, stride, dtype) == base and storage.nbytes() == source.nbytes
@@ -574,7 +581,8 @@ def _dropped_text(record: Record) -> str:
     where = f" at {call.origin.where}" if call is not None and call.origin.where else ""
     mib = TensorType(size, dtype).nbytes / 2**20
     return (
-        f"The value of this {dtype} tensor of shape {list(size)} ({mib:.0f} MiB), computed{where}, was not kept when its step "
-        "ended: the script had held such a tensor after an earlier step without using it. Use it (print, .argmax(), .cpu(), ...) "
+        f"The value of this {dtype} tensor of shape {list(size)} ({mib:.0f} MiB), computed{where}, was not kept when "
+        "its step ended: the script had held such a tensor after an earlier step without using it. Use it (print, "
+        ".argmax(), .cpu(), ...) "
         "before the loss is read or the next batch is uploaded, or set MOAI_KEEP_OUTPUTS=1 to keep all of them."
     )

@@ -1,9 +1,10 @@
 """What was recorded: a tree of operator calls. A segment of the script is a path from the root.
 
-In: built by `recorder`. Out: read by `functionalize`. Segments that begin alike share their first nodes, so a step that is seen again
-is matched against the children of the current node and nothing else.
+In: built by `recorder`. Out: read by `functionalize`. Segments that begin alike share their first nodes, so a step
+that is seen again is matched against the children of the current node and nothing else.
 
-Arguments are kept as specs. `TensorSpec` and `FloatSpec` stand for what varies between runs; every other constant is kept as it is.
+Arguments are kept as specs. `TensorSpec` and `FloatSpec` stand for what varies between runs; every other constant is
+kept as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from moai.capture.operators import Operator
 from moai.capture.values import Base, Geometry, Record
 from moai.graph.step_graph import Origin, TensorType
-
 
 NOWHERE = Origin("forward")
 
@@ -84,9 +84,10 @@ class OutSpec:
 class Call:
     """A node of the tree: one operator call after the calls of its ancestors.
 
-    `outs` mirrors the call's new tensors: an OutSpec (`plain`), None, or a (nested) list or tuple of those. `saw_backward` and
-    `keeps_graph` tell of the segment up to here: a backward pass ran, and one with retain_graph. `kept_unused`: a large result was held by
-    the script at the end of a step, and died unused. `compiled` are the graphs of the segments that end here.
+    `outs` mirrors the call's new tensors: an OutSpec (`plain`), None, or a (nested) list or tuple of those.
+    `saw_backward` and `keeps_graph` tell of the segment up to here: a backward pass ran, and one with retain_graph.
+    `kept_unused`: a large result was held by the script at the end of a step, and died unused. `compiled` are the
+    graphs of the segments that end here.
     """
 
     __slots__ = ("args", "children", "compiled", "depth", "keeps_graph", "kept_unused", "kwargs", "operator", "origin",

@@ -1,7 +1,7 @@
 """Records: what the recorder knows of one storage of the accelerator, and the value it holds between steps.
 
-A `Record` hangs on the storage (`tensor.untyped_storage()._moai`), so that views, `detach`, `.data =` and everything that
-C++ does with tensor objects keep its identity. It dies with the storage, which is how liveness is known.
+A `Record` hangs on the storage (`tensor.untyped_storage()._moai`), so that views, `detach`, `.data =` and everything
+that C++ does with tensor objects keep its identity. It dies with the storage, which is how liveness is known.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Base = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # of the tensor tha
 class Value:
     """The content of a storage at a step's edge: on the host, in a buffer on the devices, or both (then equal).
 
-    `host` is a CPU tensor of the base geometry. `buffer` is whatever the session's executor returned. `role` is "batch" for
-    what the script uploaded as data, "undefined" for memory that was allocated and never written, else "state".
+    `host` is a CPU tensor of the base geometry. `buffer` is whatever the session's executor returned. `role` is
+    "batch" for what the script uploaded as data, "undefined" for memory that was allocated and never written, else
+    "state".
     """
 
     __slots__ = ("buffer", "host", "role")
@@ -66,11 +67,11 @@ def record_of(tensor: torch.Tensor) -> Record:
         return tensor.untyped_storage()._moai  # type: ignore[attr-defined]
     except AttributeError:
         raise RuntimeError(
-            "This accelerator tensor's storage was made outside the accelerator (by C++ code of a library?), so its content "
-            "is not known. Make the tensor with torch functions, or on the CPU and move it with .to('cuda')."
+            "This accelerator tensor's storage was made outside the accelerator (by C++ code of a library?), so its "
+            "content is not known. Make the tensor with torch functions, or on the CPU and move it with .to('cuda')."
         ) from None
 
 
 def geometry_of(tensor: torch.Tensor) -> Geometry:
     """Where in its storage a tensor lies."""
-    return tuple(tensor.size()), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()), tensor.dtype

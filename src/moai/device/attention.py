@@ -1,8 +1,8 @@
 """Scaled dot-product attention stays one node.
 
-On a device registered from Python torch takes attention apart before the device sees it. This kernel sits above that, at
-autograd's key: without dropout it records `moai.sdpa` with a backward formula of its own; with dropout, or where the
-mask needs a gradient, it leaves the parts to torch.
+On a device registered from Python torch takes attention apart before the device sees it. This kernel sits above that,
+at autograd's key: without dropout it records `moai.sdpa` with a backward formula of its own; with dropout, or where
+the mask needs a gradient, it leaves the parts to torch.
 """
 
 from __future__ import annotations

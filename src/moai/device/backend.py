@@ -1,7 +1,8 @@
 """The accelerator's operator kernels: every aten operator that reaches the device goes to the recorder.
 
-In: calls that torch's dispatcher makes on accelerator tensors (and, for factories, on the "cuda" that C++ parses out of a string). Out:
-recorded calls. `install` registers about two thousand kernels (0.3 s), so it runs at the device's first use.
+In: calls that torch's dispatcher makes on accelerator tensors (and, for factories, on the "cuda" that C++ parses out
+of a string). Out: recorded calls. `install` registers about two thousand kernels (0.3 s), so it runs at the device's
+first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moai.capture.operators import Operator
+from moai.capture.operators import UNANNOTATED_WRITERS, Operator
 from moai.capture.recorder import Recorder
 from moai.device import attention, kernels, random, recurrent
 
@@ -21,12 +22,16 @@ aten = torch.ops.aten
 _FOREIGN = ("_cudnn", "mkldnn", "quantized", "sym_", "_test", "_mkldnn", "miopen", "_nested", "_sparse", "_mps", "_xpu")
 _FOREIGN_PARTS = ("sparse", "nested", "_coalesced", "cudnn", "qscheme", "jagged")
 _METADATA = frozenset(
-    {"is_same_size", "record_stream", "is_set_to", "_has_same_storage_numel", "is_pinned", "_is_zerotensor", "is_complex",
-     "size", "stride", "data", "_fw_primal", "_make_dual", "detach_", "_lazy_clone", "is_coalesced", "dense_dim",
-     "sparse_dim", "_fused_sdp_choice", "_version", "set_data", "retain_grad", "requires_grad_", "_reshape_copy", "item",
-     "_efficientzerotensor", "pin_memory", "_pin_memory", "lift", "_backward", "lift_fresh_copy"}
-)  # fmt: skip
-# Factories that are recorded whole; torch composes the others (zeros, rand, eye, ...) of these and of in-place operators.
+    {
+        *("is_same_size", "record_stream", "is_set_to", "_has_same_storage_numel", "is_pinned", "_is_zerotensor"),
+        *("is_complex", "size", "stride", "data", "_fw_primal", "_make_dual", "detach_", "_lazy_clone", "item"),
+        *("is_coalesced", "dense_dim", "sparse_dim", "_fused_sdp_choice", "_version", "set_data", "retain_grad"),
+        *("requires_grad_", "_reshape_copy", "_efficientzerotensor", "pin_memory", "_pin_memory", "lift", "_backward"),
+        "lift_fresh_copy",
+    }
+)
+# Factories that are recorded whole; torch composes the others (zeros, rand, eye, ...) of these and of in-place
+# operators.
 _FACTORIES = ("arange", "arange.start", "arange.start_step", "full", "scalar_tensor")
 
 _libraries: list[torch.library.Library] = []
@@ -79,9 +84,12 @@ def _recorded_names(taken: set[str]) -> list[str]:
 
 
 def _is_recordable(op: torch._ops.OpOverload) -> bool:
-    """Takes and returns tensors, and returns no view (views are C++'s: they end in as_strided, which is a kernel of ours)."""
+    """Takes and returns tensors, and returns no view (views are C++'s: they end in as_strided, which is a kernel of
+    ours)."""
     schema = op._schema
     if torch.Tag.inplace_view in op.tags or torch.Tag.nondeterministic_seeded in op.tags:
+        return False
+    if schema.name in UNANNOTATED_WRITERS:
         return False
     if not any("Tensor" in str(a.type) for a in schema.arguments):
         return False

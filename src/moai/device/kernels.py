@@ -75,7 +75,8 @@ def _memory(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         return set_window(self, storage, 0, [storage.nbytes() // self.element_size()])
 
     def set_tensor(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        return set_window(self, source.untyped_storage(), source.storage_offset(), source.size(), source.stride())
+        offset = int(source.storage_offset())
+        return set_window(self, source.untyped_storage(), offset, source.size(), source.stride())
 
     def set_nothing(self: torch.Tensor) -> torch.Tensor:
         return set_tensor(self, torch.empty(0, dtype=self.dtype, device=self.device))

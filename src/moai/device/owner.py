@@ -1,6 +1,7 @@
 """Who answers for the device: the process's session, as the device's rooms see it.
 
-The session lies on a higher floor; it is handed in here as a function, and made when the device is used for the first time.
+The session lies on a higher floor; it is handed in here as a function, and made when the device is used for the first
+time.
 """
 
 from __future__ import annotations

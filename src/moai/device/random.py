@@ -1,7 +1,8 @@
 """Random operators of the accelerator: each becomes one `moai.random` node with a seed of its own.
 
-A seed comes from the generator given by the script, or from the accelerator's stream, and is an input of the graph: the same step
-with new numbers is the same graph. Distributions that torch defines by a transform of uniform or normal numbers are written so.
+A seed comes from the generator given by the script, or from the accelerator's stream, and is an input of the graph:
+the same step with new numbers is the same graph. Distributions that torch defines by a transform of uniform or normal
+numbers are written so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LSTM and GRU cells.
 
-On devices that are not the CPU torch calls a fused cell, which no CPU worker has. These kernels sit above autograd and take
-the cell apart, so that the graph holds operators that every device has, and torch differentiates them.
+On devices that are not the CPU torch calls a fused cell, which no CPU worker has. These kernels sit above autograd and
+take the cell apart, so that the graph holds operators that every device has, and torch differentiates them.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class _AddressRange:
             start = mmap(None, size, _PROT_NONE, flags, -1, 0)
         if start == failed:
             raise RuntimeError(
-                "The accelerator could not reserve 1 GiB of address space for its tensors. Raise the limit (ulimit -v unlimited)."
+                "The accelerator could not reserve 1 GiB of address space for its tensors. Raise the limit "
+                "(ulimit -v unlimited)."
             )
         self._start, self._end = start, start + size
         self._next = start
@@ -82,8 +83,8 @@ def maker(
 ) -> Callable[[], tuple[torch.Tensor, Record]]:
     """A function that makes tensors of this geometry, each with its own storage and record.
 
-    One DLPack header a geometry is filled once and kept for good: torch reads it while it builds a tensor, and its (absent)
-    deleter when the storage dies.
+    One DLPack header a geometry is filled once and kept for good: torch reads it while it builds a tensor, and its
+    (absent) deleter when the storage dies.
     """
     global _addresses
     if _addresses is None:
@@ -109,7 +110,7 @@ def maker(
         data.value = take(nbytes)
         tensor = _from_dlpack(_new_capsule(pointer, b"dltensor", None))
         record = Record(base)
-        tensor.untyped_storage()._moai = record
+        tensor.untyped_storage()._moai = record  # type: ignore[attr-defined]
         return tensor, record
 
     make.header = header  # type: ignore[attr-defined]  # keeps the memory that `pointer` points to

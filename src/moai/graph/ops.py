@@ -1,7 +1,7 @@
 """Operators of our own, defined once for every room: `torch.ops.moai.*`.
 
-They exist where the aten form would lose what a plan needs (one node for attention, random numbers that do not
-depend on how a tensor is split) or has no functional form (views by strides). All are functional. They run on CPU and CUDA
+They exist where the aten form would lose what a plan needs (one node for attention, random numbers that do not depend
+on how a tensor is split) or has no functional form (views by strides). All are functional. They run on CPU and CUDA
 tensors alike; importing this module registers them.
 """
 
@@ -13,8 +13,8 @@ aten = torch.ops.aten
 
 _lib = torch.library.Library("moai", "DEF")
 
-# scaled_dot_product_attention without dropout. Shapes: q [..., H, S, E], k and v [..., Hkv, T, E], mask broadcastable to
-# [..., H, S, T]; lse (log-sum-exp of the scores, kept for the backward) [..., H, S].
+# scaled_dot_product_attention without dropout. Shapes: q [..., H, S, E], k and v [..., Hkv, T, E], mask broadcastable
+# to [..., H, S, T]; lse (log-sum-exp of the scores, kept for the backward) [..., H, S].
 _lib.define(
     "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa)"
     " -> (Tensor out, Tensor lse)"
@@ -24,8 +24,8 @@ _lib.define(
     " float? scale, bool enable_gqa) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
-# Random numbers: rows [start, start + size[0]) of a tensor whose row r depends on (seed, start + r) alone, so that every
-# split along dim 0 draws the same numbers. kind: uniform [a, b), normal (mean a, std b), bernoulli (p = a),
+# Random numbers: rows [start, start + size[0]) of a tensor whose row r depends on (seed, start + r) alone, so that
+# every split along dim 0 draws the same numbers. kind: uniform [a, b), normal (mean a, std b), bernoulli (p = a),
 # randint [a, b), exponential (rate a).
 _lib.define("random(SymInt[] size, str kind, float a, float b, int seed, int start, ScalarType dtype) -> Tensor")
 _lib.define("randperm(int n, int seed, ScalarType dtype) -> Tensor")
@@ -33,7 +33,8 @@ _lib.define("multinomial(Tensor probs, int num_samples, bool replacement, int se
 
 # A view given by strides over a base laid out with `base_stride`, and the base with such a view overwritten.
 _lib.define(
-    "as_strided(Tensor base, SymInt[] base_stride, SymInt[] size, SymInt[] stride, SymInt offset, ScalarType dtype) -> Tensor"
+    "as_strided(Tensor base, SymInt[] base_stride, SymInt[] size, SymInt[] stride, SymInt offset, ScalarType dtype)"
+    " -> Tensor"
 )
 _lib.define(
     "as_strided_scatter(Tensor base, SymInt[] base_stride, Tensor src, SymInt[] size, SymInt[] stride, SymInt offset)"
@@ -66,7 +67,7 @@ def _sdpa_backward(grad, q, k, v, out, lse, mask, is_causal, scale, enable_gqa):
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         redone = torch.nn.functional.scaled_dot_product_attention(
-            *leaves, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return torch.autograd.grad(redone, leaves, grad)
 

@@ -1,7 +1,8 @@
-"""What a program prints when it ends with an error that came out of the accelerator: the script's own lines, and the reason.
+"""What a program prints when it ends with an error that came out of the accelerator: the script's own lines, and the
+reason.
 
-In: uncaught exceptions. Out: the traceback without the frames of this package, which say nothing to the author of the script.
-MOAI_FULL_TRACEBACK=1 keeps them. Other exceptions are printed as ever.
+In: uncaught exceptions. Out: the traceback without the frames of this package, which say nothing to the author of the
+script. MOAI_FULL_TRACEBACK=1 keeps them. Other exceptions are printed as ever.
 """
 
 from __future__ import annotations
