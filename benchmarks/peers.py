@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -116,8 +117,10 @@ def compare(names: Sequence[str], sizes: Sizes, rounds: int, steps: int) -> dict
     with tempfile.TemporaryDirectory() as scratch:
         try:
             for name in names:
+                print(f"starting {name}", file=sys.stderr, flush=True)
                 teams[name] = start(name, sizes, devices, Path(scratch))
-            for _ in range(WARM_UP_ROUNDS + rounds):
+            for turn in range(WARM_UP_ROUNDS + rounds):
+                print(f"round {turn + 1} of {WARM_UP_ROUNDS + rounds}", file=sys.stderr, flush=True)
                 for name in order.sample(names, len(names)):
                     time.sleep(SETTLE_SECONDS)
                     teams[name].run_block(steps)
