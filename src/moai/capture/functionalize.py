@@ -105,7 +105,7 @@ class Functionalizer:
             new = value
         else:
             steps = self._steps(base, spec.geometry)
-            if steps is None or any(s.kind == "expand" for s in steps):
+            if steps is None:
                 args = (Ref(old), base[1], Ref(value), size, stride, offset)
                 new = self.emit(torch.ops.moai.as_strided_scatter.default, args, self.types[old])
             else:
@@ -128,11 +128,23 @@ class Functionalizer:
                 value = self.emit(aten.permute.default, (Ref(value), inverse), type)
             elif step.kind == "reshape":
                 value = self.emit(aten.reshape.default, (Ref(value), before), type)
+            elif step.kind == "expand":
+                value = self._last_writes(value, before)
             elif step.kind == "slice":
                 dim, start, end = step.args
                 value = self.emit(aten.slice_scatter.default, (Ref(chain[i]), Ref(value), dim, start, end, 1), type)
             else:
                 value = self.emit(aten.select_scatter.default, (Ref(chain[i]), Ref(value), *step.args), type)
+        return value
+
+    def _last_writes(self, value: int, size: tuple[int, ...]) -> int:
+        """What stays of a value that is written to a tensor of `size`, expanded: of the elements that meet, the last."""
+        for dim, length in enumerate(size):
+            type = self.types[value]
+            if type.shape[dim] != length:
+                last = TensorType((*type.shape[:dim], 1, *type.shape[dim + 1 :]), type.dtype)
+                args = (Ref(value), dim, type.shape[dim] - 1, type.shape[dim], 1)
+                value = self.emit(aten.slice.Tensor, args, last)
         return value
 
     def _conform(self, value: int, wanted: TensorType) -> int:
