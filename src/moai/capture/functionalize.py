@@ -138,7 +138,7 @@ class Functionalizer:
         return value
 
     def _last_writes(self, value: int, size: tuple[int, ...]) -> int:
-        """What stays of a value that is written to a tensor of `size`, expanded: of the elements that meet, the last."""
+        """What stays of a value written to an expanded tensor of `size`: of the elements that meet, the last."""
         for dim, length in enumerate(size):
             type = self.types[value]
             if type.shape[dim] != length:
