@@ -273,6 +273,13 @@ def test_a_value_that_needs_much_work_is_not_worked_out_on_the_host(capture: Obs
     assert capture.segments - before == 1
 
 
+@on_the_host
+def test_a_matrix_product_is_left_to_the_devices(capture: Observed) -> None:
+    before, x = capture.segments, randn(4, 4).to("cuda")
+    assert_same((x @ x).sum().item(), (randn(4, 4) @ randn(4, 4)).sum())
+    assert capture.segments - before == 1
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 @on_the_host
 def test_random_numbers_read_on_the_host_are_those_of_the_graph(capture: Observed, on_device: bool) -> None:

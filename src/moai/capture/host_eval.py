@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("moai")
 
-MAX_ELEMENTS = 1 << 22
+MAX_ELEMENTS = 1 << 20
+# Long work for few elements: the devices' business, whatever its size.
+_FOR_DEVICES = frozenset(
+    f"{name}.default"
+    for name in (
+        "aten.mm",
+        "aten.bmm",
+        "aten.addmm",
+        "aten.baddbmm",
+        "aten.convolution",
+        "moai.sdpa",
+        "moai.sdpa_backward",
+    )
+)
 _CPU = torch.device("cpu")
 _said: set[str] = set()
 
@@ -61,8 +74,8 @@ def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
 
 
 def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
-    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit. A number of
-    steps back beyond which nothing is looked for bounds the cost of asking."""
+    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit, or with work for
+    the devices. A number of steps back beyond which nothing is looked for bounds the cost of asking."""
     needed, calls, node, looked_at = {sid}, [], end, 0
     while node.operator is not None:
         looked_at += 1
@@ -70,6 +83,8 @@ def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
         if written & needed:
             calls.append(node)
             needed |= {s.sid for s in tensor_specs(node)}
+            if node.operator.name in _FOR_DEVICES:
+                return None
         if len(calls) > limit or looked_at > 2 * limit:
             return None
         assert node.parent is not None
