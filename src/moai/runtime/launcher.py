@@ -179,13 +179,11 @@ def worker_environment(base: Mapping[str, str], device: Device) -> dict[str, str
         "OMP_NUM_THREADS": str(device.threads),
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         # glibc gives freed memory back to the system, and a step then pays tens of thousands of page faults for the
-        # same memory again. So it keeps all but large blocks (32 MiB is the highest threshold that it accepts); those
-        # it gives back, which keeps memory use predictable, but takes in huge pages, with a hundredth of the faults.
+        # same memory again. A worker keeps it, of any size; huge pages were tried instead, and were slower.
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TOP_PAD_": str(64 << 20),
         "MALLOC_ARENA_MAX": "1",
-        "GLIBC_TUNABLES": ":".join(filter(None, [base.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
     }
 
 

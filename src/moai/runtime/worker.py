@@ -8,6 +8,7 @@ thread carries out commands in order, one reports.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import queue
@@ -28,6 +29,8 @@ from moai.runtime.launcher import WorkerSpec
 from moai.runtime.transport import PIECE_BYTES, Channel, memory_of, pieces
 
 PULSE_SECONDS = 1.0
+# A CPU worker keeps freed memory (`launcher.worker_environment`), but not that of a model which the script has dropped.
+_RETURNED_BYTES = 256 << 20
 
 
 class Worker:
@@ -122,8 +125,7 @@ class Worker:
                     self._doing = "read"
                     self._read(command)
                 case m.Free():
-                    for buffer in command.buffers:
-                        self._buffers.pop(buffer, None)  # absent if Ctrl-C fell into its upload
+                    self._free(command)
                 case m.Load(program):
                     self._doing = f"load program {program.name}"
                     self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._collectives)
@@ -146,6 +148,12 @@ class Worker:
         self._finish_kernels()
         self._buffers.update(zip(command.outputs, outputs, strict=True))
         self._channel.send(m.Done(command.step))
+
+    def _free(self, command: m.Free) -> None:
+        # A buffer is absent if Ctrl-C fell into its upload.
+        freed = sum(self._buffers.pop(id).nbytes for id in command.buffers if id in self._buffers)
+        if freed >= _RETURNED_BYTES and self._device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _finish_kernels(self) -> None:
         if self._device.type == "cuda":
