@@ -74,8 +74,8 @@ def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
 
 
 def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
-    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit, or with work for
-    the devices. A number of steps back beyond which nothing is looked for bounds the cost of asking."""
+    """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit, or with work
+    for the devices. A number of steps back beyond which nothing is looked for bounds the cost of asking."""
     needed, calls, node, looked_at = {sid}, [], end, 0
     while node.operator is not None:
         looked_at += 1
