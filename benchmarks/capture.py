@@ -5,6 +5,7 @@ fresh process. Figures, each with its quartiles over the runs (for steady steps:
 
 - `first_us_per_op`: host time of the first step, which describes every call, per operator call that reached the device.
 - `replay_us_per_op`: the same of the steady steps, whose calls all follow the recorded ones.
+- `first_cpu_us_per_op`, `replay_cpu_us_per_op`: the process's CPU time instead, which other programs disturb less.
 - `flush_ms`: handing a steady step over: looking the graph up, planning, telling the workers; no computing.
 - `host_share`: recording and flushing over the whole time of a steady step whose loss is read.
 - `graphs_until_steady`: graphs that were built before those that the steady steps run; `steady_recorded`, calls that
@@ -37,10 +38,11 @@ STEPS_LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step as its script saw it: seconds of recording, of flushing, of waiting for the loss; calls that reached the
-    device, those of them that were described anew, and the graphs and segments of the step."""
+    """One step as its script saw it: seconds of recording (and CPU seconds), of flushing, of waiting for the loss; calls
+    that reached the device, those of them that were described anew, and the graphs and segments of the step."""
 
     record_s: float
+    record_cpu_s: float
     flush_s: float
     wait_s: float
     ops: int
@@ -52,6 +54,11 @@ class Step:
     def us_per_op(self) -> float:
         """Host microseconds a call."""
         return self.record_s / self.ops * 1e6
+
+    @property
+    def cpu_us_per_op(self) -> float:
+        """CPU microseconds a call, of all the process's threads: backward has one of its own."""
+        return self.record_cpu_s / self.ops * 1e6
 
     @property
     def host_share(self) -> float:
@@ -79,19 +86,21 @@ def train(connection: Connection, layers: int, steps: int) -> None:
         tokens, labels = (x.cuda() for x in corpus.batch(index))
         mask = torch.ones(tokens.shape, dtype=torch.long).cuda()
         before = asdict(recorder.stats)
-        t0 = time.perf_counter()
+        t0, cpu0 = time.perf_counter(), time.process_time()
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        t1 = time.perf_counter()
+        t1, cpu1 = time.perf_counter(), time.process_time()
         recorder.flush()
         t2 = time.perf_counter()
         loss.item()
         t3 = time.perf_counter()
         new = {name: value - before[name] for name, value in asdict(recorder.stats).items()}
         ops = new["replayed"] + new["recorded"] + new["views"]
-        connection.send(Step(t1 - t0, t2 - t1, t3 - t2, ops, new["recorded"], new["graphs"], new["segments"]))
+        connection.send(
+            Step(t1 - t0, cpu1 - cpu0, t2 - t1, t3 - t2, ops, new["recorded"], new["graphs"], new["segments"])
+        )
 
 
 def run(layers: int, steps: int, devices: int) -> list[Step]:
@@ -116,6 +125,8 @@ def summarize(runs: Sequence[Sequence[Step]]) -> dict[str, Any]:
     return {
         "first_us_per_op": results.quartiles(steps[0].us_per_op for steps in runs),
         "replay_us_per_op": results.quartiles(s.us_per_op for s in steady),
+        "first_cpu_us_per_op": results.quartiles(steps[0].cpu_us_per_op for steps in runs),
+        "replay_cpu_us_per_op": results.quartiles(s.cpu_us_per_op for s in steady),
         "ops_per_step": steady[-1].ops,
         "host_share": results.quartiles(s.host_share for s in steady),
         "flush_ms": results.quartiles(s.flush_s * 1e3 for s in steady),
@@ -128,7 +139,8 @@ def summarize(runs: Sequence[Sequence[Step]]) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    rows = [("first recording, us/op", "first_us_per_op", 1), ("replay, us/op", "replay_us_per_op", 1)]
+    rows = [("first recording, us/op", "first_us_per_op", 1), ("the same, of CPU", "first_cpu_us_per_op", 1)]
+    rows += [("replay, us/op", "replay_us_per_op", 1), ("the same, of CPU", "replay_cpu_us_per_op", 1)]
     rows += [("flush, ms", "flush_ms", 2), ("step, ms", "step_ms", 1), ("host's share of a step", "host_share", 2)]
     lines = ["| | median (q25-q75) |", "|---|---|"]
     lines += [f"| {label} | {results.spread(figures[key], digits=digits)} |" for label, key, digits in rows]

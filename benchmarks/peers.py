@@ -159,10 +159,8 @@ def summarize(teams: Mapping[str, Team]) -> dict[str, Any]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = [
-        "| | step, ms: median (q25-q75) | moai / it | moai_foreach / it | largest loss error |",
-        "|---|---|---|---|---|",
-    ]
+    columns = ("", "step, ms: median (q25-q75)", "CPU, ms", "moai / it", "moai_foreach / it", "loss error")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, step in figures["step_s"].items():
         ratios = [figures[key].get(name) for key in ("ratios", "foreach_ratios")]
         cells = [results.spread(step, 1e3, digits=1), f"{figures['cpu_s'][name]['median'] * 1e3:.0f}"]

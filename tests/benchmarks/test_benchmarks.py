@@ -51,6 +51,13 @@ def test_ratios_are_taken_round_by_round_without_the_warm_up() -> None:
     assert figures["loss_error"] == {"moai": 0.5, "moai_foreach": 0.0}
 
 
+def test_every_row_of_the_peers_table_has_a_cell_for_each_column() -> None:
+    teams = {name: team(name, [1.0] * (peers.WARM_UP_ROUNDS + 1), loss=4.0) for name in peers.VARIANTS}
+    rows = peers.table(peers.summarize(teams) | {"others_cpu": 0.0}).split("\n\n")[0].splitlines()
+    assert len(rows) == 2 + len(peers.VARIANTS)
+    assert len({row.count("|") for row in rows}) == 1
+
+
 def team(name: str, step_s: list[float], loss: float) -> peers.Team:
     """A team that has run."""
     return peers.Team(name, [], step_s, step_s, [loss] * len(step_s))
