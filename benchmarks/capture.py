@@ -38,8 +38,8 @@ STEPS_LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step as its script saw it: seconds of recording (and CPU seconds), of flushing, of waiting for the loss; calls
-    that reached the device, those of them that were described anew, and the graphs and segments of the step."""
+    """One step as its script saw it: seconds of recording (and CPU seconds), of flushing, of waiting for the loss;
+    calls that reached the device, those of them that were described anew, and the graphs and segments of the step."""
 
     record_s: float
     record_cpu_s: float
