@@ -81,7 +81,7 @@ class Session:
     def __init__(self) -> None:
         tracebacks.install()
         self.flavor: Flavor = flavors.choose()
-        self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph)
+        self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph, self._forget)
         backend.install(self.recorder)
         self._residency = Residency()
         self._accelerator: Accelerator | None = None
@@ -153,6 +153,13 @@ class Session:
     def _report_new_graph(self, graph: StepGraph, cause: str) -> None:
         if cause:
             logger.info("New graph of %d operators: %s", len(graph.nodes), cause)
+
+    def _forget(self) -> None:
+        """The script's steps keep changing: start over with what is known of them."""
+        logger.info("The script's steps have differed so often that what was learned of them is forgotten.")
+        self._programs.clear()
+        self._graphs.clear()
+        self.acquire().forget()
 
     def _execute(self, segment: Segment) -> list[Buffer]:
         accelerator = self.acquire()

@@ -58,6 +58,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, reads_on_the_host: bool) -> Iterato
     monkeypatch.setattr(recorder, "execute", executor.execute)
     monkeypatch.setattr(recorder, "fetch", executor.fetch)
     monkeypatch.setattr(recorder, "on_new_graph", executor.new_graph)
+    monkeypatch.setattr(recorder, "forget", executor.forget)
     if not reads_on_the_host:
         monkeypatch.setattr(recorder_module, "HOST_EVAL_OPERATORS", 0)
     threads = torch.get_num_threads()

@@ -43,11 +43,15 @@ class InlineExecutor:
 
     def __init__(self) -> None:
         self.graphs: list[tuple[StepGraph, str]] = []
+        self.forgotten = 0
 
     def execute(self, segment: Segment) -> list[torch.Tensor]:
         for value in segment.inputs:
             value.buffer = value.host if value.buffer is None else value.buffer
         return evaluate(segment.graph, [v.buffer for v in segment.inputs], segment.scalars)
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def fetch(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer

@@ -31,6 +31,8 @@ KEEP_BYTES = 1 << 20
 HOST_EVAL_OPERATORS = 64
 # References to a storage that one tensor has alone: the tensor's, and the storage object that asks.
 _SOLE_OWNER = 2
+# The tree of calls is started anew when it has grown to this size: a script whose steps all differ would fill memory.
+MAX_CALLS = 400_000
 # Without gradients there is no step to wait for: an upload ends a segment that has grown to this many calls.
 LONG_SEGMENT = 512
 
@@ -70,7 +72,7 @@ class Recorder:
 
     `make`: (size, stride, dtype) -> maker of accelerator tensors. `execute`: Segment -> buffers of the graph's
     outputs. `fetch`: buffer -> CPU tensor. `on_new_graph`: called with (graph, cause) when a segment has a graph not
-    seen before.
+    seen before. `forget`: called when the graphs made so far will not come again.
     """
 
     def __init__(
@@ -79,15 +81,18 @@ class Recorder:
         execute: Callable[[Segment], list[Any]],
         fetch: Callable[[Any], torch.Tensor],
         on_new_graph: Callable[[StepGraph, str], None],
+        forget: Callable[[], None],
     ) -> None:
         self.make = make
         self.execute = execute
         self.fetch = fetch
         self.on_new_graph = on_new_graph
+        self.forget = forget
         self.stats = Stats()
         self.in_optimizer = False
         self.root = Call(None, None)
         self.epoch = 0
+        self.n_calls = 0
         self.watched: list[tuple[weakref.ref[Record], Call, Usage]] = []
         self._begin()
 
@@ -266,6 +271,7 @@ class Recorder:
         call.keeps_graph = provenance.backward_keeps_graph() or self.cursor.keeps_graph
         self.cursor.children.insert(0, call)
         self.cursor = call
+        self.n_calls += 1
         self.stats.recorded += 1
         if operator.mutated:
             return self._written(call, args, kwargs)
@@ -435,6 +441,8 @@ class Recorder:
                     record.value, record.lost = None, f"The step that computed this value failed: {error}"
             raise
         self.stats.segments += 1
+        if self.n_calls > MAX_CALLS:
+            self._start_over()
         for sid, buffer in zip(compiled.output_sids, buffers, strict=True):
             record = records[sid]
             assert record is not None
@@ -442,6 +450,17 @@ class Recorder:
         for record, keep in zip(records, kept, strict=True):
             if record is not None and not keep:
                 record.value, record.lost = None, _dropped_text(record)
+
+    def _start_over(self) -> None:
+        """Forget all segments seen. Storages still point to the calls that made them, so the tree is taken apart."""
+        stack = [self.root]
+        while stack:
+            call = stack.pop()
+            stack.extend(call.children)
+            call.children.clear()
+            call.compiled.clear()
+        self.n_calls = 0
+        self.forget()
 
     def _droppable(self, record: Record) -> bool:
         """Large, made by the forward pass of this segment, and after an earlier step held but never used."""

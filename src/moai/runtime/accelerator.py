@@ -139,6 +139,13 @@ class Accelerator:
         self._broadcast(command, awaits=("run", self._step))
         return outputs
 
+    def forget(self) -> None:
+        """Drops all programs on the devices; one that is run again is sent again."""
+        self._check()
+        self._broadcast(m.Unload(tuple(self._loaded)))
+        self._loaded.clear()
+        self._programs.clear()
+
     def read(self, buffer: Buffer) -> torch.Tensor:
         """The global tensor, on the CPU; blocks until it is there."""
         self._check()

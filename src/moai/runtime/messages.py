@@ -21,6 +21,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Unload:
+    """Forget the programs of these names."""
+
+    programs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Put:
     """Make buffer `buffer` of local `shape`: of zeros, or of the bytes of a contiguous tensor that follow."""
 
@@ -120,5 +127,5 @@ class Pulse:
     request: int = 0
 
 
-Command = Load | Put | Run | Read | Free | Ping
+Command = Load | Unload | Put | Run | Read | Free | Ping
 Reply = Hello | Ready | Done | Part | Failed | Pulse

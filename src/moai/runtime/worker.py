@@ -129,6 +129,9 @@ class Worker:
                 case m.Load(program):
                     self._doing = f"load program {program.name}"
                     self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._collectives)
+                case m.Unload(names):
+                    for name in names:
+                        self._executors.pop(name, None)
             self._doing = ""
 
     def _run(self, command: m.Run) -> None:
