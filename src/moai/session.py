@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moai.capture.recorder import KEEP_BYTES, Recorder, Segment
+from moai.capture.held import KEEP_BYTES
+from moai.capture.recorder import Recorder, Segment
 from moai.device import backend
 from moai.device.storage import maker
 from moai.graph.placement import Placement, Shard, local_shape

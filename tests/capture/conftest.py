@@ -10,7 +10,9 @@ import torch
 
 from moai import session
 from moai.capture import recorder as recorder_module
+from moai.capture.held import HeldValues
 from moai.capture.recorder import Recorder
+from moai.capture.segment import OpenSegment
 from moai.capture.trace import Call
 from moai.device import alias
 from moai.graph.step_graph import StepGraph
@@ -73,5 +75,5 @@ def capture(monkeypatch: pytest.MonkeyPatch, reads_on_the_host: bool) -> Iterato
 def _forget_all(recorder: Recorder) -> None:
     recorder.in_optimizer = False
     recorder.root = Call(None, None)
-    recorder.watched.clear()
-    recorder._begin()
+    recorder.held_values = HeldValues()
+    recorder.segment = OpenSegment(recorder.root, recorder.segment.epoch + 1)

@@ -43,10 +43,10 @@ _said: set[str] = set()
 def evaluate(recorder: Recorder, record: Record, max_calls: int) -> torch.Tensor | None:
     """The pending value of a storage (in its base geometry), or None where it takes more than `max_calls` operators,
     tensors beyond MAX_ELEMENTS, or inputs that are on the devices only."""
-    calls = _needed_calls(recorder.cursor, record.sid, max_calls)
+    calls = _needed_calls(recorder.segment.cursor, record.sid, max_calls)
     if calls is None:
         return None
-    values = dict(recorder.inputs)
+    values = dict(recorder.segment.inputs)
     bases: dict[int, torch.Tensor] = {}
     numbers = _numbers_by_call(recorder, calls)
     with torch.no_grad():
@@ -136,10 +136,10 @@ def count_numbers(spec: Any) -> int:
 def _numbers_by_call(recorder: Recorder, calls: list[Call]) -> dict[int, list[float | int]]:
     """The numbers of this run that each of `calls` took."""
     wanted, taken, start = {id(c) for c in calls}, {}, 0
-    for call in recorder.cursor.path():
+    for call in recorder.segment.cursor.path():
         n = count_numbers(call.args) + count_numbers(tuple(call.kwargs.values()))
         if id(call) in wanted:
-            taken[id(call)] = recorder.scalars[start : start + n]
+            taken[id(call)] = recorder.segment.scalars[start : start + n]
         start += n
     return taken
 

@@ -69,7 +69,7 @@ def _recorded_names(taken: set[str]) -> list[str]:
         namespace, _, name = full_name.partition("::")
         if namespace != "aten" or name in taken or not torch._C._dispatch_has_kernel(full_name):
             continue
-        if torch._C._dispatch_has_kernel_for_dispatch_key(full_name, "CompositeImplicitAutograd"):
+        if _has(full_name, "CompositeImplicitAutograd") and not _has(full_name, "CPU"):
             continue
         packet = name.partition(".")[0]
         if packet in _METADATA or packet.startswith(_FOREIGN) or any(part in packet for part in _FOREIGN_PARTS):
@@ -81,6 +81,10 @@ def _recorded_names(taken: set[str]) -> list[str]:
         if _is_recordable(op):
             names.append(name)
     return names
+
+
+def _has(full_name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(full_name, key)
 
 
 def _is_recordable(op: torch._ops.OpOverload) -> bool:
