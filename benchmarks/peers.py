@@ -28,7 +28,7 @@ from benchmarks import results
 from benchmarks.child import Child, receive_all
 from benchmarks.training import Sizes
 from benchmarks.variants import VARIANTS
-from moai.platform import flavors
+from moai.platform import accelerators
 from moai.platform.device import Device
 from moai.runtime.launcher import cores_of, worker_environment
 
@@ -111,7 +111,7 @@ def _script_environment(n_devices: int, scratch: Path) -> dict[str, str]:
 
 def compare(names: Sequence[str], sizes: Sizes, rounds: int, steps: int) -> dict[str, Team]:
     """Run all variants, with `WARM_UP_ROUNDS` more rounds at the start."""
-    devices = flavors.choose({"MOAI_DEVICES": str(N_DEVICES), "CUDA_VISIBLE_DEVICES": ""}).devices
+    devices = accelerators.choose({"MOAI_DEVICES": str(N_DEVICES), "CUDA_VISIBLE_DEVICES": ""}).flavor.devices
     teams: dict[str, Team] = {}
     order = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -56,6 +56,6 @@ def _is_wanted() -> bool:
         return said == "1"
     if os.environ.get("MOAI_FLAVOR") or os.environ.get("MOAI_DEVICES"):
         return True
-    from moai.platform import flavors
+    from moai.platform import accelerators
 
-    return flavors.configured()
+    return accelerators.configured()

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from moai.graph.step_graph import StepGraph, TensorType
 from moai.lower import lower
 from moai.lower.program import Program
 from moai.plan.plan import Plan
-from moai.platform import flavors, jobs, log, tracebacks
-from moai.platform.errors import memory_error
+from moai.platform import accelerators, admission, jobs, log, tracebacks
+from moai.platform.admission import Lease
+from moai.platform.errors import StateError, memory_error
 from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
+from moai.platform.telemetry import Publisher
 from moai.runtime.accelerator import Accelerator, Buffer
 
 logger = logging.getLogger("moai")
@@ -81,12 +84,14 @@ class Session:
 
     def __init__(self) -> None:
         tracebacks.install()
-        self.flavor: Flavor = flavors.choose()
+        self._choice = accelerators.choose()
+        self.flavor: Flavor = self._choice.flavor
         self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph, self._forget)
         backend.install(self.recorder)
         self._residency = Residency()
         self._accelerator: Accelerator | None = None
-        self._job: jobs.Job | None = None
+        self._lease: Lease | None = None
+        self._telemetry: Publisher | None = None
         self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
         self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
@@ -107,16 +112,34 @@ class Session:
         if self._accelerator is None:
             log.install()
             log.requesting()
-            log.initializing()
-            with Waiting("Starting the devices"):
-                self._accelerator = Accelerator(self.flavor.devices)
-            addresses = self._accelerator.addresses
-            for i, address in enumerate(addresses, 1):
-                log.connecting(i, len(addresses), address)
-            log.establishing()
-            self._job = jobs.start(self.flavor.name)
-            log.ready(self._job.id if self._job is not None else None)
+            self._lease = self._admit()
+            try:
+                self._accelerator = self._connect()
+            except BaseException:
+                self._release()
+                raise
         return self._accelerator
+
+    def _admit(self) -> Lease | None:
+        """Waits for devices; None, and no waiting for others, where the state folder cannot be used."""
+        try:
+            lease = admission.acquire(self._choice, plan=f"No PP, No TP, dp : {self.flavor.n_devices}")
+        except StateError as error:  # bookkeeping must not stop a training run
+            logger.warning("No job ID: %s", error)
+            return None
+        self.flavor = replace(self.flavor, devices=lease.devices)
+        return lease
+
+    def _connect(self) -> Accelerator:
+        log.initializing()
+        with Waiting("Starting the devices"):
+            accelerator = Accelerator(self.flavor.devices)
+        log.connecting(accelerator.addresses)
+        log.establishing()
+        if self._lease is not None:
+            self._telemetry = Publisher(self._lease.job_id, self.flavor.devices, lambda: accelerator.pulses)
+        log.ready(self._lease.job_id if self._lease is not None else None)
+        return accelerator
 
     def close(self) -> None:
         """Release the devices. What was recorded and never read is dropped."""
@@ -126,8 +149,20 @@ class Session:
         try:
             accelerator.close()
         finally:
-            if self._job is not None:
-                self._job.end()
+            self._release()
+
+    def _release(self) -> None:
+        """The job is over: others may have its devices."""
+        peak_bytes = 0
+        if self._telemetry is not None:
+            self._telemetry.stop()
+            peak_bytes = self._telemetry.peak_bytes
+        lease, self._lease, self._telemetry = self._lease, None, None
+        if lease is not None:
+            try:
+                jobs.finish(lease.job_id, peak_bytes)
+            except StateError as error:
+                logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
 
     def synchronize(self) -> None:
         """Run what is recorded and wait until the devices are idle."""

@@ -3,6 +3,7 @@ import logging
 import pytest
 
 from moai.platform.log import logger
+from tests.platform.programs import HOLD, Program
 
 
 @pytest.fixture
@@ -14,3 +15,23 @@ def fresh_logger(monkeypatch):
     logger.manager._clear_cache()
     yield
     logger.manager._clear_cache()
+
+
+@pytest.fixture
+def environ(tmp_path):
+    """An environment with a state of its own."""
+    return {"XDG_STATE_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+
+@pytest.fixture
+def start(environ):
+    """`start(MOAI_DEVICES="2", body="...")` starts a program that takes an accelerator."""
+    programs = []
+
+    def start(body=HOLD, **variables):
+        programs.append(Program({**environ, **variables}, body))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.reap()

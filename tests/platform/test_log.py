@@ -15,8 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_logger")
 def start(job_id=7):
     log.requesting()
     log.initializing()
-    for i in (1, 2):
-        log.connecting(i, 2, f"127.0.0.1:{24000 + i}")
+    log.connecting(["10.0.0.1:24001", "10.0.0.1:24002", "10.0.0.2:24001", "10.0.0.2:24002"])
     log.establishing()
     log.ready(job_id)
 
@@ -24,8 +23,8 @@ def start(job_id=7):
 START = [
     "[info] Requesting resources for MoAI Accelerator from the server...",
     "[info] Initializing the worker daemon for MoAI Accelerator",
-    "[info] [1/2] Connecting to resources on the server (127.0.0.1:24001)...",
-    "[info] [2/2] Connecting to resources on the server (127.0.0.1:24002)...",
+    "[info] [1/2] Connecting to resources on the server (10.0.0.1:24001)...",
+    "[info] [2/2] Connecting to resources on the server (10.0.0.2:24001)...",
     "[info] Establishing links to the resources...",
     "[info] MoAI Accelerator is ready to use.",
     f"[info] Moreh Version: {__version__}",

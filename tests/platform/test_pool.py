@@ -75,7 +75,7 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(visible, names):
 
 def test_a_machine_where_torch_is_a_cpu_build_has_no_cuda_devices(monkeypatch):
     monkeypatch.setattr(pool, "_torch_has_cuda", lambda: False)
-    monkeypatch.setattr(pool, "_nvml_memory", lambda visible: (80 * GB,))
+    monkeypatch.setattr(pool, "_nvml_devices", lambda visible: (("GPU-8a", 80 * GB),))
     assert pool.probe().cuda_memory_bytes == ()
 
 
@@ -87,5 +87,7 @@ def test_this_machine_has_devices():
 
 
 def test_choosing_a_flavor_does_not_import_torch():
-    code = "from moai.platform import flavors; flavors.choose(); import sys; assert 'torch' not in sys.modules"
+    code = (
+        "from moai.platform import accelerators; accelerators.choose(); import sys; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+class AcceleratorError(RuntimeError):
+    """What a person asked of the platform cannot be done; the text is one clear line for them."""
+
+
+class StateError(AcceleratorError):
+    """The platform's database cannot be used: locked, damaged, or not writable."""
+
+
 def memory_error(requested: int, available: int) -> RuntimeError:
     """For a device that was asked for `requested` bytes and has `available` bytes."""
     return RuntimeError(

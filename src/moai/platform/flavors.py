@@ -1,19 +1,20 @@
-"""Flavors: the sizes an accelerator comes in, and which one this process gets.
+"""Flavors: the sizes an accelerator comes in.
 
-In: the machine's devices, the environment (MOAI_FLAVOR, MOAI_DEVICES), the user's saved choice. Out: a `Flavor`.
+In: the machine's devices, the operator's file. Out: the `Flavor`s on offer.
 
 A flavor's name is its size and the total memory of its devices, as in "Medium.8GB". What a machine offers depends on
-its devices, so the list is made, not written down.
+its devices, so the list is made, not written down; an operator's file (`moai.platform.config`) takes its place.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from moai.platform import pool, state
+from moai.platform import config, pool
+from moai.platform.config import FlavorEntry
 from moai.platform.device import Device
 from moai.platform.pool import Machine
 
@@ -38,10 +39,12 @@ DEFAULT_CPU_WORKERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Flavor:
-    """`size` as in `SIZES`; `devices` are those an accelerator of this flavor runs on."""
+    """`size` as in `SIZES`; `devices` are those an accelerator of this flavor runs on; `label` is the name that an
+    operator gave it, if one did."""
 
     size: str
     devices: tuple[Device, ...]
+    label: str = ""
 
     @property
     def n_devices(self) -> int:
@@ -54,6 +57,8 @@ class Flavor:
 
     @property
     def name(self) -> str:
+        if self.label:
+            return self.label
         total = self.memory_bytes
         amount = f"{total // pool.GB}GB" if total >= pool.GB else f"{total // pool.MB}MB"
         return f"{self.size}.{amount}"
@@ -62,76 +67,56 @@ class Flavor:
         return self.name
 
 
-def available(machine: Machine | None = None) -> tuple[Flavor, ...]:
-    """What this machine offers, smallest first."""
-    machine = machine or pool.probe()
-    most = len(pool.discover(machine))
-    counts = [n for n in SIZES.values() if n < most] + [most]
-    return tuple(_of(n, machine) for n in counts)
+def available(machine: Machine | None = None, environ: Mapping[str, str] = os.environ) -> tuple[Flavor, ...]:
+    """What is on offer: the flavors of the operator's file in its order, or else what this machine has, smallest first.
 
-
-def configured(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the user has chosen an accelerator, in the environment or once for all programs. Costs a file check."""
-    return bool(environ.get("MOAI_FLAVOR") or environ.get("MOAI_DEVICES") or _saved(environ))
-
-
-def choose(environ: Mapping[str, str] = os.environ, machine: Machine | None = None) -> Flavor:
-    """The flavor of this process: MOAI_FLAVOR, MOAI_DEVICES, the saved choice, or the default.
-
-    The default is the smallest flavor that uses all of the machine's GPUs; on a machine without, two CPU workers
-    (one on a single core).
-
-    Raises ValueError for an unknown flavor or a MOAI_DEVICES that is not a positive number, and RuntimeError where
-    there are not as many devices.
+    Raises AcceleratorError where the file is broken.
     """
     machine = machine or pool.probe(environ)
-    name, count = environ.get("MOAI_FLAVOR"), environ.get("MOAI_DEVICES")
-    if name and count:
-        raise ValueError(f"MOAI_FLAVOR={name} and MOAI_DEVICES={count} are both set. Unset one of them.")
-    if name:
-        return find(name, machine, said_by=f"MOAI_FLAVOR={name}")
-    if count:
-        if not (count.isascii() and count.isdigit() and int(count) > 0):
-            raise ValueError(f"MOAI_DEVICES={count}: a number of devices is expected, 1 or more.")
-        return _of(int(count), machine)
-    saved = _saved(environ)
-    if saved:
-        return find(saved, machine, said_by=f"The saved flavor, {saved}")
-    if machine.cuda_memory_bytes:
-        return _of(len(machine.cuda_memory_bytes), machine)
-    return _of(min(DEFAULT_CPU_WORKERS, machine.cores, len(pool.discover(machine))), machine)
+    entries = config.load(environ).flavors
+    if entries:
+        return tuple(_of_entry(entry, machine) for entry in entries)
+    most = len(pool.discover(machine))
+    counts = [n for n in SIZES.values() if n < most] + [most]
+    return tuple(_of_machine(n, machine) for n in counts)
 
 
-def find(name: str, machine: Machine | None = None, said_by: str = "") -> Flavor:
-    """The available flavor called `name`; case does not matter, and the memory may be left out ("medium").
+def default(offered: Sequence[Flavor], machine: Machine) -> Flavor:
+    """For who has not chosen: all of the machine's GPUs; on a machine without, two CPU workers (one on a single core).
 
-    Raises ValueError, starting with `said_by`, where there is none.
+    If no flavor has as many devices, the next smaller, or else the smallest.
     """
-    flavors = available(machine)
-    for flavor in flavors:
-        if name.lower() in (flavor.name.lower(), flavor.size.lower()):
-            return flavor
-    raise ValueError(
-        f"{said_by or name}: no such flavor on this machine. There are: {', '.join(f.name for f in flavors)}."
-        " Choose one with MOAI_FLAVOR=NAME."
-    )
+    wanted = len(machine.cuda_memory_bytes) or min(DEFAULT_CPU_WORKERS, machine.cores)
+    fitting = [f for f in offered if f.n_devices <= wanted]
+    return max(fitting, key=lambda f: f.n_devices) if fitting else min(offered, key=lambda f: f.n_devices)
 
 
-def save_choice(flavor: Flavor, environ: Mapping[str, str] = os.environ) -> None:
-    """Make `flavor` the one that the user's later programs get.
+def find(name: str, offered: Sequence[Flavor]) -> Flavor | None:
+    """The flavor called `name`, if it is on offer; case does not matter, and the memory may be left out ("medium")."""
+    for key in (lambda f: f.name, lambda f: f.size):
+        for flavor in offered:
+            if key(flavor).lower() == name.lower():
+                return flavor
+    return None
 
-    Raises OSError or sqlite3.Error where the state folder cannot be written.
-    """
-    state.save_setting("flavor", flavor.size, environ)
+
+def of_count(n: int, offered: Sequence[Flavor], machine: Machine) -> Flavor:
+    """A flavor of exactly `n` devices, on offer or not. RuntimeError where there are not as many."""
+    return next((f for f in offered if f.n_devices == n), None) or _of_machine(n, machine)
 
 
-def _of(n: int, machine: Machine) -> Flavor:
+def size_of(name: str) -> str:
+    """ "Medium" of "Medium.8GB"."""
+    return name.rpartition(".")[0] or name
+
+
+def _of_machine(n: int, machine: Machine) -> Flavor:
     size = next((size for size, count in SIZES.items() if count == n), OTHER_SIZE)
     return Flavor(size, pool.take(n, machine))
 
 
-def _saved(environ: Mapping[str, str]) -> str | None:
-    try:
-        return state.setting("flavor", environ)
-    except (OSError, sqlite3.Error):  # an unreadable choice is no choice: `import torch` must not fail over it
-        return None
+def _of_entry(entry: FlavorEntry, machine: Machine) -> Flavor:
+    kind: Literal["cpu", "cuda"] = "cuda" if machine.cuda_memory_bytes else "cpu"
+    threads = max(1, machine.cores // entry.devices)
+    devices = tuple(Device(kind, i, entry.memory_mib * pool.MB, threads) for i in range(entry.devices))
+    return Flavor(size_of(entry.name), devices, entry.name)

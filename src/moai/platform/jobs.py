@@ -1,74 +1,121 @@
-"""Jobs: which programs use, and have used, an accelerator.
+"""Jobs: which programs use, and have used, accelerators.
 
-In: a program that starts or ends. Out: its `Job`, with an id that no other program of the user on this machine has, and
-the list of all jobs.
+In: a transaction, or the environment. Out: `Job`s. A job is started by `moai.platform.admission`.
 
-Bookkeeping must not stop a training run: where the state folder cannot be written, that is said, and the program
-goes on without a job.
+A job runs as long as its process lives and holds its devices. Nobody has to tidy up after a process that was killed:
+whoever looks next sees that it is gone, and notes it.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import sqlite3
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from moai.platform import state
-from moai.platform.log import logger
+from moai.platform import exit_status, processes, state, telemetry
+from moai.platform.device import Device
+
+KILLED = "killed"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One program on one accelerator, as it was when this was read.
 
-    Times are seconds since the epoch; `ended` is None for a job that runs, or that died without saying so.
+    `accelerator` is None for one of its own. Times are seconds since the epoch. `ended` is None while the job runs;
+    `exit`, the status ("0") or what ended it ("killed", "RuntimeError: ..."), is None until its process is gone.
     """
 
     id: int
+    accelerator: int | None
     command: str
     pid: int
     flavor: str
+    devices: tuple[Device, ...]
+    plan: str
     started: float
     ended: float | None
-
-    def end(self, environ: Mapping[str, str] = os.environ) -> None:
-        """Note that the job is over."""
-        try:
-            with state.connect(environ) as connection:
-                connection.execute("UPDATE jobs SET ended = ? WHERE id = ?", (time.time(), self.id))
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("The end of job %d could not be noted in %s (%s).", self.id, state.database(environ), error)
+    exit: str | None
+    tokens_per_s: float | None
+    peak_bytes: int | None
 
 
-def start(flavor: str, environ: Mapping[str, str] = os.environ) -> Job | None:
-    """Register this process as a job on an accelerator of `flavor`; None where the state folder cannot be written."""
-    command, pid, started = shlex.join(sys.orig_argv), os.getpid(), time.time()
-    try:
-        with state.connect(environ) as connection:
-            cursor = connection.execute(
-                "INSERT INTO jobs (command, pid, flavor, started) VALUES (?, ?, ?, ?)", (command, pid, flavor, started)
-            )
-            job_id = cursor.lastrowid
-    except (OSError, sqlite3.Error) as error:
-        logger.warning(
-            "No job ID: the state folder %s cannot be written (%s). Set XDG_STATE_HOME to a folder that can be.",
-            state.database(environ).parent,
-            error,
-        )
-        return None
-    assert job_id is not None
-    return Job(job_id, command, pid, flavor, started, None)
+_COLUMNS = "id, accelerator, command, pid, flavor, devices, plan, started, ended, exit, tokens_per_s, peak_bytes"
 
 
 def history(environ: Mapping[str, str] = os.environ) -> tuple[Job, ...]:
-    """All jobs of the user on this machine, oldest first.
+    """All jobs of the user on this machine, oldest first. Raises StateError."""
+    with state.transaction(environ) as db:
+        settle(db, environ)
+        rows = db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY id").fetchall()
+    return tuple(map(_job, rows))
 
-    Raises OSError or sqlite3.Error where the state folder cannot be read.
+
+def finish(job_id: int, peak_bytes: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Note that this process has released its devices. Raises StateError.
+
+    If it is ending with an exception, that becomes the job's `exit`.
     """
-    with state.connect(environ) as connection:
-        rows = connection.execute("SELECT id, command, pid, flavor, started, ended FROM jobs ORDER BY id").fetchall()
-    return tuple(Job(*row) for row in rows)
+    with state.transaction(environ) as db:
+        db.execute(
+            "UPDATE jobs SET ended = ?, exit = coalesce(exit, ?), peak_bytes = ? WHERE id = ? AND ended IS NULL",
+            (time.time(), _uncaught(), peak_bytes or None, job_id),
+        )
+    telemetry.forget(job_id, environ)
+
+
+def running(db: sqlite3.Connection, token: str | None = None) -> tuple[Job, ...]:
+    """The jobs that run now, of one token or of all. Settle first."""
+    rows = db.execute(
+        f"SELECT {_COLUMNS} FROM jobs WHERE ended IS NULL AND token = coalesce(?, token) ORDER BY id", (token,)
+    )
+    return tuple(map(_job, rows))
+
+
+def settle(db: sqlite3.Connection, environ: Mapping[str, str]) -> None:
+    """Note the end of the jobs and requests whose process is gone."""
+    open_jobs = db.execute("SELECT id, pid, birth, started FROM jobs WHERE ended IS NULL OR exit IS NULL").fetchall()
+    for job_id, pid, birth, started in open_jobs:
+        if processes.condition(pid, birth) == "gone":
+            _settle(db, job_id, started, environ)
+    for request_id, pid, birth in db.execute("SELECT id, pid, birth FROM requests").fetchall():
+        if processes.condition(pid, birth) == "gone":
+            db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+
+
+def exit_file(job_id: int, environ: Mapping[str, str]) -> Path:
+    """Where a job's process leaves its exit status."""
+    return state.job_file(job_id, ".exit", environ)
+
+
+def _settle(db: sqlite3.Connection, job_id: int, started: float, environ: Mapping[str, str]) -> None:
+    last = telemetry.read(job_id, environ)
+    ended, peak = (last.time, last.peak_bytes or None) if last else (started, None)
+    status = exit_status.read(exit_file(job_id, environ))
+    db.execute(
+        "UPDATE jobs SET ended = coalesce(ended, ?), exit = coalesce(exit, ?), peak_bytes = coalesce(peak_bytes, ?)"
+        " WHERE id = ?",
+        (ended, KILLED if status is None else str(status), peak, job_id),
+    )
+    telemetry.forget(job_id, environ)
+    exit_file(job_id, environ).unlink(missing_ok=True)
+
+
+def _uncaught() -> str | None:
+    """The exception that this process is ending with, as "RuntimeError: its first line"."""
+    error = getattr(sys, "last_value", None)
+    if error is None:
+        return None
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def _job(row: tuple) -> Job:  # type: ignore[type-arg]
+    fields = list(row)
+    fields[5] = tuple(Device(**d) for d in json.loads(fields[5]))
+    return Job(*fields)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moai.platform.device import Device
@@ -28,17 +28,19 @@ CPU_WORKER_LEAST = 256 * MB  # a process that has imported torch needs about thi
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` this process may use, `memory_bytes` of RAM, and the memory in bytes of every visible CUDA device."""
+    """`cores` this process may use, `memory_bytes` of RAM; the memory in bytes of every visible CUDA device, and its
+    UUID, which is the same for programs with different CUDA_VISIBLE_DEVICES."""
 
     cores: int
     memory_bytes: int
     cuda_memory_bytes: tuple[int, ...] = ()
+    cuda_uuids: tuple[str, ...] = ()
 
 
 def probe(environ: Mapping[str, str] = os.environ) -> Machine:
     """This machine, as the process may use it (CPU affinity, container limits, CUDA_VISIBLE_DEVICES)."""
-    cuda = _nvml_memory(environ.get("CUDA_VISIBLE_DEVICES")) if _torch_has_cuda() else ()
-    return Machine(_cores(), _memory(), cuda)
+    cuda = _nvml_devices(environ.get("CUDA_VISIBLE_DEVICES")) if _torch_has_cuda() else ()
+    return Machine(_cores(), _memory(), tuple(size for _, size in cuda), tuple(uuid for uuid, _ in cuda))
 
 
 def discover(machine: Machine | None = None) -> tuple[Device, ...]:
@@ -73,6 +75,41 @@ def take(n: int, machine: Machine | None = None) -> tuple[Device, ...]:
         )
     budget = max(CPU_WORKER_LEAST, _cpu_budget(max(n, CPU_WORKERS), machine))
     return tuple(Device("cpu", i, budget, threads) for i in range(n))
+
+
+def names(machine: Machine, at_least: int = 0) -> tuple[str, ...]:
+    """What the devices are called among all programs of the machine, in the order of their indices.
+
+    Of CPU workers, there are `at_least` so many: they are no fixed number of things.
+    """
+    if machine.cuda_memory_bytes:
+        return machine.cuda_uuids or tuple(f"cuda:{i}" for i in range(len(machine.cuda_memory_bytes)))
+    return tuple(f"cpu:{i}" for i in range(max(at_least, len(discover(machine)))))
+
+
+def at(device: Device, index: int, machine: Machine) -> Device:
+    """`device`, of some flavor, in the place of the machine's device `index`."""
+    if not machine.cuda_memory_bytes:
+        return replace(device, index=index)
+    return replace(device, index=index, memory_bytes=min(device.memory_bytes, machine.cuda_memory_bytes[index]))
+
+
+def check(devices: Sequence[Device], machine: Machine) -> None:
+    """Raises RuntimeError where the machine could not run a job on `devices` even if nothing else ran."""
+    n = len(devices)
+    if machine.cuda_memory_bytes:
+        if n > len(machine.cuda_memory_bytes):
+            raise RuntimeError(
+                f"no free device: {n} were asked for and {len(machine.cuda_memory_bytes)} CUDA device(s) are visible"
+                " here. Ask for fewer, or check CUDA_VISIBLE_DEVICES."
+            )
+        return
+    total = sum(d.memory_bytes for d in devices)
+    if total > machine.memory_bytes * CPU_MEMORY_SHARE:
+        raise RuntimeError(
+            f"no free device: {n} CPU worker(s) of {total // n // MB:,} MB do not fit in {CPU_MEMORY_SHARE:.0%} of this"
+            f" machine's {machine.memory_bytes // MB:,} MB of memory. Choose a smaller flavor."
+        )
 
 
 def _cpu_budget(n: int, machine: Machine) -> int:
@@ -111,12 +148,15 @@ def _torch_has_cuda() -> bool:
     return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
+_UUID_CHARACTERS = 96  # the most that NVML writes, its zero byte included
+
+
 class _NvmlMemory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
-def _nvml_memory(visible: str | None) -> tuple[int, ...]:
-    """Memory in bytes of the CUDA devices that `visible` (CUDA_VISIBLE_DEVICES, None if unset) lets a process see."""
+def _nvml_devices(visible: str | None) -> tuple[tuple[str, int], ...]:
+    """(UUID, memory in bytes) of the CUDA devices that `visible` (CUDA_VISIBLE_DEVICES, None if unset) lets us see."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -128,7 +168,7 @@ def _nvml_memory(visible: str | None) -> tuple[int, ...]:
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return ()
         names = visible_names(visible, count.value)
-        sizes = []
+        found = []
         for name in names:
             handle = ctypes.c_void_p()
             if name.isdigit():
@@ -138,8 +178,11 @@ def _nvml_memory(visible: str | None) -> tuple[int, ...]:
             memory = _NvmlMemory()
             if status != 0 or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
                 break
-            sizes.append(memory.total)
-        return tuple(sizes)
+            uuid = ctypes.create_string_buffer(_UUID_CHARACTERS)
+            if nvml.nvmlDeviceGetUUID(handle, uuid, len(uuid)) != 0:
+                break
+            found.append((uuid.value.decode(), memory.total))
+        return tuple(found)
     finally:
         nvml.nvmlShutdown()
 
