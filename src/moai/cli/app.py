@@ -1,0 +1,116 @@
+"""`moai`: our own command. What runs now, what has run, and whether this environment can run at all.
+
+In: the command line. Out: tables for people, or JSON for programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from moai.cli import as_json, snapshot
+from moai.cli.command import FAILED, complain, run
+from moai.version import __version__
+
+JOBS_SHOWN = 20
+
+in_json = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; `arguments` without the command's name, sys.argv's by default. Returns the exit status."""
+    return run(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
+    try:
+        return moai.main(arguments, prog_name="moai", standalone_mode=False) or 0
+    except click.UsageError as error:
+        complain(f"{error.format_message()} See moai --help.")
+        return error.exit_code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(__version__, prog_name="moai")
+@click.pass_context
+def moai(context: click.Context) -> None:
+    """MoAI: one virtual accelerator for plain PyTorch scripts."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@moai.command()
+@in_json
+def status(in_json: bool) -> None:
+    """Show the accelerators and what runs on them."""
+    look = snapshot.take(os.environ)
+    if in_json:
+        _print_json(as_json.status(look))
+        return
+    from moai.cli import reports
+
+    reports.show(reports.status(look))
+
+
+@moai.command()
+@in_json
+@click.option("-n", "--last", default=JOBS_SHOWN, show_default=True, type=click.IntRange(min=1), help="How many.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def jobs(in_json: bool, last: int, everything: bool) -> None:
+    """Show what has run, newest first.
+
+    Each job with its command, flavor, plan, start, duration, exit, tokens a second and peak memory.
+    """
+    from moai.platform import jobs as platform
+
+    history = tuple(reversed(platform.history(os.environ)))
+    if not everything:
+        history = history[:last]
+    if in_json:
+        _print_json([asdict(job) for job in history])
+        return
+    from moai.cli import reports
+
+    reports.show(reports.jobs(history))
+
+
+@moai.command()
+@in_json
+def doctor(in_json: bool) -> int:
+    """Check this environment. Exits with 1 if it finds a problem."""
+    from moai.cli.doctor import examine
+
+    checks = examine(os.environ)
+    if in_json:
+        _print_json([{**asdict(check), "ok": check.ok} for check in checks])
+    else:
+        from moai.cli import reports
+
+        reports.show(reports.doctor(checks))
+    return 0 if all(check.ok for check in checks) else FAILED
+
+
+@moai.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    For bash: add `eval "$(moai completion bash)"` to ~/.bashrc.
+    """
+    make = get_completion_class(shell)
+    assert make is not None
+    print(make(moai, {}, "moai", "_MOAI_COMPLETE").source())
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
