@@ -131,3 +131,18 @@ def test_results_without_a_backward_are_always_kept(capture: Observed) -> None:
     held = randn(8, 2).to("cuda") @ weight
     weight.sum().item()
     assert_same(held, randn(8, 2) @ randn(2, WIDE), rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_that_was_kept_stays_when_a_later_step_has_used_it(capture: Observed) -> None:
+    script = Script()
+    for i in range(3):
+        script.step(i).item()  # held unused: the model's result is not kept from now on
+    script.step(3)
+    kept = script.out
+    expected = kept.cpu()  # but this one is wanted before its step ends
+    for i in range(4, 6):
+        (script.model(randn(8, 2, seed=i).cuda()) + kept.detach()).sum().backward()
+        script.optimizer.step()
+        script.optimizer.zero_grad()
+        randn(1, seed=i).cuda()  # the next batch ends the step
+        assert_same(kept, expected)

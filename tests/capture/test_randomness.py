@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.capture.compare import assert_same, randn
-from tests.capture.conftest import Observed
+from tests.capture.conftest import Observed, on_the_host_or_not
 
 N = 20_000
 
@@ -158,3 +158,11 @@ def test_attention_with_dropout_scales_what_it_keeps() -> None:
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5).cpu()
     assert y.mean().item() == pytest.approx(1.0, abs=0.25)
     assert not torch.equal(y, torch.ones_like(y))
+
+
+@on_the_host_or_not
+def test_a_random_value_that_was_read_is_the_one_that_is_computed_with(capture: Observed) -> None:
+    x = torch.rand(4, device="cuda")
+    read = x.tolist()
+    assert (x * 2).tolist() == [2 * v for v in read]
+    assert capture.recorder.stats.segments > 0  # only the devices draw: a GPU's numbers are not the host's

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("moai")
 
 MAX_ELEMENTS = 1 << 20
-# Long work for few elements: the devices' business, whatever its size.
+# The devices' business, whatever the size: long work for few elements, and random numbers, which a GPU draws otherwise.
 _FOR_DEVICES = frozenset(
     f"{name}.default"
     for name in (
@@ -34,6 +34,9 @@ _FOR_DEVICES = frozenset(
         "aten.convolution",
         "moai.sdpa",
         "moai.sdpa_backward",
+        "moai.random",
+        "moai.randperm",
+        "moai.multinomial",
     )
 )
 _CPU = torch.device("cpu")

@@ -235,8 +235,10 @@ class Recorder:
         self.held_values.learn()
         may_drop = end.saw_backward and not end.keeps_graph and os.environ.get("MOAI_KEEP_OUTPUTS") != "1"
         records = [ref() for ref in ended.alive]
+        older = {sid for sid, _ in ended.inputs}
         kept = tuple(
-            r is not None and (r is reading or not (may_drop and self.held_values.droppable(r))) for r in records
+            r is not None and (not may_drop or sid in older or r is reading or not self.held_values.droppable(r))
+            for sid, r in enumerate(records)
         )
         try:
             compiled = self._compiled(ended, kept)
