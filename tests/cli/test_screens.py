@@ -35,7 +35,6 @@ def snapshot(*accelerators, name="MoAI Accelerator", version="1.0.0"):
         name=name,
         version=version,
         latest_version="1.0.0",
-        server_version="1.0.0",
         token="bW9haS1leGFtcGxlLXRva2Vu",
         accelerators=accelerators,
     )

@@ -104,6 +104,20 @@ def test_versions_are_one_line(smi_says):
     assert smi_says("-s") == smi_says("--server-version") == f"{__version__}\n"
 
 
+def test_the_operators_file_names_the_versions(smi_says, monkeypatch, tmp_path):
+    file = tmp_path / "flavors.toml"
+    file.write_text('display_name = "Ambre AI Accelerator"\n[versions]\nserver = "24.5.0"\nlatest = "24.6.0"\n')
+    monkeypatch.setenv("MOAI_CONFIG", str(file))
+    assert smi_says("-s") == "24.5.0\n"
+    assert f"Current Version: {__version__}  Latest Version: 24.6.0  |" in smi_says()
+    assert "|  Ambre AI Accelerator  |" in smi_says()
+
+
+def test_versions_need_no_state(smi_says, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    assert smi_says("-v") == f"{__version__}\n"
+
+
 def test_t_shows_the_token(smi_says):
     for form in ("-t", "--token"):
         assert f"|  {accelerators.token()}  |" in smi_says(form)

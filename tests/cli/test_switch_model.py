@@ -93,7 +93,7 @@ def test_an_argument_switches_at_once(capsys, argument):
     assert current() == "xLarge.512GB"
 
 
-@pytest.mark.parametrize("argument", ["0", "14", "huge"])
+@pytest.mark.parametrize("argument", ["0", "14", "huge", ""])
 def test_an_unknown_argument_is_refused(capsys, argument):
     assert switch_model.main([argument]) == 1
     out, err = capsys.readouterr()

@@ -33,7 +33,7 @@ def show(report: RenderableType) -> None:
 
 def status(look: Snapshot) -> Table:
     table = _table("Device", "Flavor", "Devices", "Memory (MiB)", "Busy", "Job", "PID", "Process", "Plan", "Since")
-    table.title = f"{look.name}, version {look.version or UNKNOWN}"
+    table.title = Text(f"{look.name}, version {look.version or UNKNOWN}")
     for accelerator in look.accelerators:
         star = "* " if accelerator.is_default else "  "
         flavor, job = accelerator.flavor, accelerator.job

@@ -146,11 +146,11 @@ def _view(options: argparse.Namespace) -> str:
 def _text(options: argparse.Namespace) -> str:
     if options.list:
         return flavor_list(flavors.available())
-    look = _look(options)
     if options.version:
-        return look.version
+        return snapshot.current_version()
     if options.server_version:
-        return look.server_version
+        return snapshot.server_version(os.environ)
+    look = _look(options)
     if options.token:
         return screens.tokens(look)
     if options.hardware:
@@ -161,11 +161,11 @@ def _text(options: argparse.Namespace) -> str:
 def _data(options: argparse.Namespace) -> Any:
     if options.list:
         return as_json.flavors(flavors.available())
-    look = _look(options)
     if options.version:
-        return {"current_version": look.version or None}
+        return {"current_version": snapshot.current_version() or None}
     if options.server_version:
-        return {"server_version": look.server_version}
+        return {"server_version": snapshot.server_version(os.environ)}
+    look = _look(options)
     if options.token:
         return as_json.tokens(look)
     if options.hardware:

@@ -18,13 +18,12 @@ from moai.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`now` in seconds since the epoch; `version` is this environment's, and empty where torch is not installed."""
+    """`now` in seconds since the epoch; `version` as in `current_version`."""
 
     now: float
     name: str
     version: str
     latest_version: str
-    server_version: str
     token: str
     accelerators: tuple[Accelerator, ...]
 
@@ -43,16 +42,24 @@ class Snapshot:
 
 def take(environ: Mapping[str, str]) -> Snapshot:
     """Raises AcceleratorError where the platform's state cannot be read."""
-    said = config.load(environ)
     return Snapshot(
         now=time.time(),
         name=log.display_name(environ),
-        version=__version__ if importlib.util.find_spec("torch") else "",
-        latest_version=said.latest_version or __version__,
-        server_version=said.server_version or __version__,
+        version=current_version(),
+        latest_version=config.load(environ).latest_version or __version__,
         token=platform.token(environ),
         accelerators=platform.accelerators(environ),
     )
+
+
+def current_version() -> str:
+    """The version in this environment; "" if it cannot run, because torch is not installed."""
+    return __version__ if importlib.util.find_spec("torch") else ""
+
+
+def server_version(environ: Mapping[str, str]) -> str:
+    """The version that the operator's file names, or else this one: without a cluster, the server is this machine."""
+    return config.load(environ).server_version or __version__
 
 
 def selected(accelerators: Sequence[Accelerator], environ: Mapping[str, str]) -> Accelerator:

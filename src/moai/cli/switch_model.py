@@ -33,7 +33,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the flavors and leave; * marks the current one")
     parser.add_argument("--json", action="store_true", help="with --list: print JSON")
     options = parser.parse_args(arguments)
-    if options.list and options.flavor:
+    if options.list and options.flavor is not None:
         parser.error(f'--list only shows the flavors: leave it out to switch to "{options.flavor}"')
     if options.json and not options.list:
         parser.error("--json goes with --list")
@@ -44,7 +44,7 @@ def _switch_model(options: argparse.Namespace) -> int:
     offered = flavors.available()
     if options.list:
         _list(offered, options.json)
-    elif options.flavor:
+    elif options.flavor is not None:
         _switch_to(pick_flavor(options.flavor, offered))
     else:
         return _interact(offered)
