@@ -13,9 +13,17 @@ import torch
 
 import moai.graph.ops  # noqa: F401  (registers torch.ops.moai)
 from moai.capture.geometry import ViewStep, view_chain
-from moai.capture.host_eval import tensor_specs, written_specs
 from moai.capture.operators import functional_twin
-from moai.capture.trace import Call, FloatSpec, FloatsSpec, OutSpec, SeedSpec, TensorSpec
+from moai.capture.trace import (
+    Call,
+    FloatSpec,
+    FloatsSpec,
+    OutSpec,
+    SeedSpec,
+    TensorSpec,
+    tensor_specs,
+    written_specs,
+)
 from moai.capture.values import Base, Geometry, Role
 from moai.graph.step_graph import Input, Node, Origin, Output, Ref, Scalar, StepGraph, TensorType, refs
 

@@ -8,17 +8,28 @@ on copies of the inputs. A read that is answered here does not end the segment.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from moai.capture.geometry import numel
 from moai.capture.operators import Operator
-from moai.capture.trace import Call, FloatSpec, FloatsSpec, OutSpec, Seed, SeedSpec, TensorSpec, out_specs
+from moai.capture.segment import OpenSegment
+from moai.capture.trace import (
+    Call,
+    FloatSpec,
+    FloatsSpec,
+    OutSpec,
+    Seed,
+    SeedSpec,
+    TensorSpec,
+    count_numbers,
+    out_specs,
+    tensor_specs,
+    written_specs,
+)
 from moai.capture.values import Base, Record, Value
-
-if TYPE_CHECKING:
-    from moai.capture.recorder import Recorder
 
 logger = logging.getLogger("moai")
 
@@ -43,15 +54,15 @@ _CPU = torch.device("cpu")
 _said: set[str] = set()
 
 
-def evaluate(recorder: Recorder, record: Record, max_calls: int) -> torch.Tensor | None:
+def evaluate(segment: OpenSegment, record: Record, max_calls: int) -> torch.Tensor | None:
     """The pending value of a storage (in its base geometry), or None where it takes more than `max_calls` operators,
     tensors beyond MAX_ELEMENTS, or inputs that are on the devices only."""
-    calls = _needed_calls(recorder.segment.cursor, record.sid, max_calls)
+    calls = _needed_calls(segment.cursor, record.sid, max_calls)
     if calls is None:
         return None
-    values = dict(recorder.segment.inputs)
+    values = dict(segment.inputs)
     bases: dict[int, torch.Tensor] = {}
-    numbers = _numbers_by_call(recorder, calls)
+    numbers = _numbers_by_call(segment, calls)
     with torch.no_grad():
         for call in calls:
             for spec in tensor_specs(call):
@@ -96,53 +107,13 @@ def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
     return calls
 
 
-def tensor_specs(call: Call) -> list[TensorSpec]:
-    """Every tensor argument of a call."""
-    found: list[TensorSpec] = []
-
-    def walk(spec: Any) -> None:
-        if isinstance(spec, TensorSpec):
-            found.append(spec)
-        elif isinstance(spec, tuple):
-            for s in spec:
-                walk(s)
-
-    walk(call.args)
-    walk(tuple(call.kwargs.values()))
-    return found
-
-
-def written_specs(call: Call) -> list[TensorSpec]:
-    """The tensor arguments that a call writes."""
-    operator = call.operator
-    assert operator is not None
-    found: list[TensorSpec] = []
-    for i, name in zip(operator.mutated, operator.mutated_names, strict=True):
-        spec = call.args[i] if i < len(call.args) else call.kwargs.get(name)
-        found += [spec] if isinstance(spec, TensorSpec) else [s for s in spec or () if isinstance(s, TensorSpec)]
-    return found
-
-
-def count_numbers(spec: Any) -> int:
-    """How many of a run's numbers a spec stands for."""
-    if isinstance(spec, FloatSpec):
-        return int(spec.varies)
-    if isinstance(spec, SeedSpec):
-        return 1
-    if isinstance(spec, FloatsSpec):
-        return spec.length
-    if isinstance(spec, tuple):
-        return sum(count_numbers(s) for s in spec)
-    return 0
-
-
-def _numbers_by_call(recorder: Recorder, calls: list[Call]) -> dict[int, list[float | int]]:
+def _numbers_by_call(segment: OpenSegment, calls: list[Call]) -> dict[int, list[float | int]]:
     """The numbers of this run that each of `calls` took."""
     wanted, taken, start = {id(c) for c in calls}, {}, 0
-    for call in recorder.segment.cursor.path():
+    for call in segment.cursor.path():
         n = count_numbers(call.args) + count_numbers(tuple(call.kwargs.values()))
         if id(call) in wanted:
-            taken[id(call)] = recorder.segment.scalars[start : start + n]
+            taken[id(call)] = segment.scalars[start : start + n]
         start += n
     return taken
 
@@ -193,7 +164,13 @@ def _layout(out: OutSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return size, stride
 
 
-def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_on_host(
+    operator: Operator,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Callable[[torch.Tensor], torch.Tensor],
+    upload: Callable[[torch.Tensor], torch.Tensor],
+) -> Any:
     """Run a call at once on the host, with its inputs read and its results uploaded: for operators whose result's shape
     depends on data, or that write and have no functional form. A wrong call gets torch's own error here."""
     if operator.name not in _said:
@@ -202,7 +179,7 @@ def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], k
 
     def down(arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
-            return arg if arg.device.type == "cpu" else recorder.read(arg)
+            return arg if arg.device.type == "cpu" else read(arg)
         if isinstance(arg, (list, tuple)):
             return [down(a) for a in arg]
         if isinstance(arg, Seed):
@@ -211,7 +188,7 @@ def run_on_host(recorder: Recorder, operator: Operator, args: tuple[Any, ...], k
 
     def up(result: Any) -> Any:
         if isinstance(result, torch.Tensor):
-            return recorder.upload(result, ends_segment=False)
+            return upload(result)
         if isinstance(result, (list, tuple)):
             return type(result)(up(r) for r in result)
         return result

@@ -122,7 +122,7 @@ class Recorder:
         args, kwargs = self._adopt_host_tensors(operator, args, kwargs)
         result = meta.infer(operator, args, kwargs)
         if result is meta.UNKNOWN:
-            return host_eval.run_on_host(self, operator, args, kwargs)
+            return host_eval.run_on_host(operator, args, kwargs, self.read, self._upload_result)
         if operator.is_out_variant:
             describe.resize_outputs(operator, kwargs, result)
         segment = self.segment
@@ -196,6 +196,10 @@ class Recorder:
         result = self.allocate(tuple(tensor.size()), tensor.stride(), tensor.dtype)
         self.fill_from_host(result, tensor, ends_segment)
         return result
+
+    def _upload_result(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the host computed for the script is no batch: it begins nothing."""
+        return self.upload(tensor, ends_segment=False)
 
     def fill_from_host(self, target: torch.Tensor, source: torch.Tensor, ends_segment: bool = True) -> bool:
         """Give a newly allocated tensor the content of a CPU tensor, cast and broadcast to its type; False if `target`
@@ -291,7 +295,7 @@ class Recorder:
         record = record_of(tensor)
         record.usage.used = True
         if record.written == self.segment.epoch:
-            on_host = host_eval.evaluate(self, record, HOST_EVAL_OPERATORS)
+            on_host = host_eval.evaluate(self.segment, record, HOST_EVAL_OPERATORS)
             if on_host is not None:
                 self.stats.host_reads += 1
                 return _window(on_host, tensor)

@@ -127,3 +127,43 @@ def out_specs(outs: Any) -> list[OutSpec]:
     if outs is None:
         return []
     return [spec for o in outs for spec in out_specs(o)]
+
+
+def tensor_specs(call: Call) -> list[TensorSpec]:
+    """Every tensor argument of a call."""
+    found: list[TensorSpec] = []
+
+    def walk(spec: Any) -> None:
+        if isinstance(spec, TensorSpec):
+            found.append(spec)
+        elif isinstance(spec, tuple):
+            for s in spec:
+                walk(s)
+
+    walk(call.args)
+    walk(tuple(call.kwargs.values()))
+    return found
+
+
+def written_specs(call: Call) -> list[TensorSpec]:
+    """The tensor arguments that a call writes."""
+    operator = call.operator
+    assert operator is not None
+    found: list[TensorSpec] = []
+    for i, name in zip(operator.mutated, operator.mutated_names, strict=True):
+        spec = call.args[i] if i < len(call.args) else call.kwargs.get(name)
+        found += [spec] if isinstance(spec, TensorSpec) else [s for s in spec or () if isinstance(s, TensorSpec)]
+    return found
+
+
+def count_numbers(spec: Any) -> int:
+    """How many of a run's numbers a spec stands for."""
+    if isinstance(spec, FloatSpec):
+        return int(spec.varies)
+    if isinstance(spec, SeedSpec):
+        return 1
+    if isinstance(spec, FloatsSpec):
+        return spec.length
+    if isinstance(spec, tuple):
+        return sum(count_numbers(s) for s in spec)
+    return 0
