@@ -41,11 +41,11 @@ def test_into_a_file_one_picture_follows_the_other(watched):
 def test_on_a_terminal_each_picture_is_painted_over_the_last(watched):
     first = f"{TOP_LEFT}{CLEAR_LINE}a\n{CLEAR_LINE}b\n{CLEAR_BELOW}"
     second = f"{TOP_LEFT}{CLEAR_LINE}c\n{CLEAR_BELOW}"
-    assert watched(Terminal(), "a\nb", "c") == CLEAR_SCREEN + first + second
+    assert watched(Terminal(), "a\nb", "c") == CLEAR_SCREEN + first + second + "\n"
 
 
 def test_a_picture_larger_than_the_window_is_cut_to_it(watched, monkeypatch):
     monkeypatch.setenv("COLUMNS", "3")
     monkeypatch.setenv("LINES", "3")
     written = watched(Terminal(), "abcdef\nb\nc\nd")
-    assert written == f"{CLEAR_SCREEN}{TOP_LEFT}{CLEAR_LINE}abc\n{CLEAR_LINE}b\n{CLEAR_BELOW}"
+    assert written == f"{CLEAR_SCREEN}{TOP_LEFT}{CLEAR_LINE}abc\n{CLEAR_LINE}b\n{CLEAR_BELOW}\n"

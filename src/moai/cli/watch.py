@@ -31,6 +31,8 @@ def watch(seconds: float, paint: Callable[[], str]) -> int:
             sys.stdout.flush()
             time.sleep(seconds)
     except KeyboardInterrupt:
+        if on_terminal:
+            print()  # the shell's prompt begins on a line of its own, not behind ^C
         return 0
 
 
