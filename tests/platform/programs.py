@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import subprocess
 import sys
@@ -81,10 +80,6 @@ class Program:
         self._popen.wait(SECONDS)
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             pipe.close()
-
-    @property
-    def err(self) -> list[str]:
-        return re.sub(r"[0-9]+", "N", self._err.decode()).splitlines()
 
     def _read(self, pipe, until: bytes | None, seconds: float) -> bytes:
         deadline, data = time.monotonic() + seconds, b""

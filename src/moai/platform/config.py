@@ -54,8 +54,10 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
         table = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise AcceleratorError(f"The configuration {file} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:  # says "(at line N, column M)"
-        raise AcceleratorError(f"The configuration {file} is not valid TOML: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        last = len(text.splitlines())
+        reason = str(error).replace("at end of document", f"at line {last}, the end")  # else "at line N, column M"
+        raise AcceleratorError(f"The configuration {file} is not valid TOML: {reason}.") from error
     return _Checker(file, text).config(table)
 
 

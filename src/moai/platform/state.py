@@ -145,7 +145,8 @@ def _create(path: Path) -> None:
     if path.exists():
         return
     try:
-        (path.parent / JOBS).mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (path.parent / JOBS).mkdir(exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
