@@ -155,18 +155,15 @@ def test_a_wrong_selection_is_one_line_and_a_failure():
         assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["device", "--list"], ["--watch", "0.01"]])
-def test_a_closed_pipe_is_one_line(arguments):
+@pytest.mark.parametrize("command", [*THAT_READ_STATE, ["moreh-smi", "--watch", "0.01"], ["moai", "doctor", "--json"]])
+def test_a_closed_pipe_is_one_line(command):
     read, write = os.pipe()
     os.close(read)
-    try:
-        done = subprocess.run(
-            [COMMANDS / "moreh-smi", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
-        )
-    finally:
-        os.close(write)
+    with open(write, "w") as nobody_reads:
+        arguments = [COMMANDS / command[0], *command[1:]]
+        done = subprocess.run(arguments, stdout=nobody_reads, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert done.returncode == 141
-    assert done.stderr == "moreh-smi: The reader of the output went away before all of it was written.\n"
+    assert done.stderr == f"{command[0]}: The reader of the output went away before all of it was written.\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
@@ -203,6 +200,13 @@ def test_ctrl_c_at_the_prompt_changes_nothing():
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
         assert "Traceback" not in process.stderr.read()
+
+
+def test_a_shell_can_complete_the_commands_of_moai(monkeypatch):
+    monkeypatch.setenv("_MOAI_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "moai do")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run("moai").stdout == "plain,doctor\n"
 
 
 def test_all_commands_are_installed():

@@ -12,12 +12,14 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import get_completion_class, shell_complete
 
 from moai.cli import as_json, snapshot
 from moai.cli.command import FAILED, complain, run
 from moai.version import __version__
 
+PROGRAM = "moai"
+COMPLETE_VARIABLE = "_MOAI_COMPLETE"  # set by a shell that asks for completions, as Click's scripts do
 JOBS_SHOWN = 20
 
 in_json = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
@@ -25,19 +27,25 @@ in_json = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; `arguments` without the command's name, sys.argv's by default. Returns the exit status."""
-    return run(lambda: _main(arguments))
+    return run(lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
 
-def _main(arguments: list[str] | None) -> int:
+def _main(arguments: list[str]) -> int:
+    completion_asked = os.environ.get(COMPLETE_VARIABLE)
+    if completion_asked:
+        return shell_complete(moai, {}, PROGRAM, COMPLETE_VARIABLE, completion_asked)
     try:
-        return moai.main(arguments, prog_name="moai", standalone_mode=False) or 0
+        with moai.make_context(PROGRAM, arguments) as context:
+            return moai.invoke(context) or 0
+    except click.exceptions.Exit as exit:  # of --help and --version
+        return exit.exit_code
     except click.UsageError as error:
         complain(f"{error.format_message()} See moai --help.")
         return error.exit_code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
-@click.version_option(__version__, prog_name="moai")
+@click.version_option(__version__, prog_name=PROGRAM)
 @click.pass_context
 def moai(context: click.Context) -> None:
     """MoAI: one virtual accelerator for plain PyTorch scripts."""
@@ -105,7 +113,7 @@ def completion(shell: str) -> None:
     """
     make = get_completion_class(shell)
     assert make is not None
-    print(make(moai, {}, "moai", "_MOAI_COMPLETE").source())
+    print(make(moai, {}, PROGRAM, COMPLETE_VARIABLE).source())
 
 
 def _print_json(data: Any) -> None:

@@ -28,7 +28,10 @@ FILE_WIDTH = 200  # columns of a table that is not printed on a terminal
 def show(report: RenderableType) -> None:
     """Print it to stdout; into a pipe or a file it is as wide as it needs to be."""
     fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(width=None if fixed else FILE_WIDTH).print(report)
+    console = Console(width=None if fixed else FILE_WIDTH)
+    with console.capture() as captured:  # Rich would end the program, silently, if stdout's reader went away
+        console.print(report)
+    print(captured.get(), end="")
 
 
 def status(look: Snapshot) -> Table:
