@@ -10,7 +10,6 @@ import atexit
 import ctypes
 import logging
 import os
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from moai.capture.held import KEEP_BYTES
 from moai.capture.recorder import Recorder, Segment
+from moai.capture.values import Value
 from moai.device import backend
 from moai.device.storage import maker
-from moai.graph.placement import Placement, Shard, local_shape
-from moai.graph.step_graph import StepGraph, TensorType
+from moai.graph.placement import Placement
+from moai.graph.step_graph import StepGraph
 from moai.lower import lower
-from moai.lower.program import Program
+from moai.lower.program import Program, Slot
 from moai.plan.plan import Plan
 from moai.platform import accelerators, admission, jobs, log, tracebacks
 from moai.platform.admission import Lease
@@ -32,13 +32,13 @@ from moai.platform.errors import StateError, memory_error
 from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
 from moai.platform.telemetry import Publisher
-from moai.runtime.accelerator import Accelerator, Buffer
+from moai.runtime.accelerator import Accelerator, Buffer, local_bytes
 
 logger = logging.getLogger("moai")
 
 
-# After uploading more than this, the memory that the host copies took goes back to the system.
-_TRIM_BYTES = 64 << 20
+# Uploads from this size on show their progress, and give the memory of the host's copies back to the system.
+_LARGE_UPLOAD = 64 << 20
 
 
 def _give_memory_back() -> None:
@@ -46,34 +46,6 @@ def _give_memory_back() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-class Residency:
-    """Bytes of the live buffers on the fullest device."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._refs: dict[int, weakref.ref[Buffer]] = {}
-
-    def add(self, buffer: Buffer) -> None:
-        """Count a buffer until it dies."""
-        size, key = local_bytes(buffer), id(buffer)
-        self.nbytes += size
-
-        def gone(_: Any) -> None:
-            self.nbytes -= size
-            del self._refs[key]
-
-        self._refs[key] = weakref.ref(buffer, gone)
-
-
-def local_bytes(buffer: Buffer) -> int:
-    """Bytes of a buffer on the device that holds most of it."""
-    placement, shape = buffer.placement, buffer.type.shape
-    if isinstance(placement, Shard):
-        fullest = max(range(len(placement.sizes)), key=placement.sizes.__getitem__)
-        shape = local_shape(shape, placement, fullest)
-    return TensorType(shape, buffer.type.dtype).nbytes
 
 
 class Session:
@@ -88,7 +60,6 @@ class Session:
         self.flavor: Flavor = self._choice.flavor
         self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph, self._forget)
         backend.install(self.recorder)
-        self._residency = Residency()
         self._accelerator: Accelerator | None = None
         self._lease: Lease | None = None
         self._telemetry: Publisher | None = None
@@ -203,10 +174,7 @@ class Session:
         program = self._program(segment.graph, given)
         self._check_memory(program, segment)
         self._upload(program, segment)
-        outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
-        for buffer in outputs:
-            self._residency.add(buffer)
-        return outputs
+        return accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
 
     def _program(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
         key = (id(graph), given)
@@ -223,28 +191,34 @@ class Session:
 
     def _check_memory(self, program: Program, segment: Segment) -> None:
         """Refuse a step that would not fit, before anything moves."""
-        inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
-        others = self._residency.nbytes - sum(map(local_bytes, inputs.values()))
         available = min(d.memory_bytes for d in self.flavor.devices)
+        resident = self.acquire().resident_bytes
+        if program.peak_bytes + resident <= available:  # the inputs counted twice: enough, mostly
+            return
+        inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
+        others = resident - sum(map(local_bytes, inputs.values()))
         if program.peak_bytes + others > available:
             raise memory_error(program.peak_bytes + others, available)
 
     def _upload(self, program: Program, segment: Segment) -> None:
-        accelerator = self.acquire()
         waiting = [(v, slot) for v, slot in zip(segment.inputs, program.inputs, strict=True) if v.buffer is None]
-        freed = 0
+        nbytes = sum(slot.type.nbytes for _, slot in waiting)
+        if nbytes < _LARGE_UPLOAD:  # a batch
+            for value, slot in waiting:
+                self._upload_one(value, slot)
+            return
         with Waiting("Uploading", total=len(waiting)) as progress:
             for value, slot in waiting:
-                if value.buffer is None:
-                    assert value.host is not None
-                    value.buffer = accelerator.upload(value.host, slot.placement)
-                    self._residency.add(value.buffer)
-                    if value.host.nbytes > KEEP_BYTES:
-                        freed += value.host.nbytes
-                        value.host = None
+                self._upload_one(value, slot)
                 progress.advance()
-        if freed > _TRIM_BYTES:
-            _give_memory_back()
+        _give_memory_back()
+
+    def _upload_one(self, value: Value, slot: Slot) -> None:
+        if value.buffer is None:  # the same value may be several inputs
+            assert value.host is not None
+            value.buffer = self.acquire().upload(value.host, slot.placement)
+            if value.host.nbytes > KEEP_BYTES:
+                value.host = None
 
     def _fetch(self, buffer: Buffer) -> torch.Tensor:
         if not self._first_run:

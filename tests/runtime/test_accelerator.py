@@ -251,6 +251,24 @@ def test_a_dropped_buffer_is_freed_on_the_devices(accelerator: OfSize) -> None:
     assert with_it[0][0] - without[0][0] > 250 << 20
 
 
+def test_resident_bytes_are_those_of_live_buffers_on_the_fullest_device(accelerator: OfSize) -> None:
+    a = accelerator(2)
+    gc.collect()
+    a.synchronize()
+    before = a.resident_bytes
+    whole = a.upload(torch.ones(100), Replicate())
+    split = a.upload(torch.ones(10, 4), Shard(0, (7, 3)))
+    assert a.resident_bytes - before == 100 * 4 + 7 * 4 * 4
+    (whole,) = a.run(increment(2, f32(100)), [whole], [])  # in place: nothing more is held
+    p = program(2, [slot(0, f32(100))], [slot(1, f32(100))], op("aten.neg.default", Ref(0), outs=1))
+    (negative,) = a.run(p, [whole], [])
+    assert a.resident_bytes - before == 2 * 100 * 4 + 7 * 4 * 4
+    del whole, split, negative
+    gc.collect()
+    a.synchronize()
+    assert a.resident_bytes == before
+
+
 def test_a_run_returns_at_once_but_never_more_than_one_ahead(accelerator: OfSize) -> None:
     a = accelerator(2)
     work = [op("aten.mm.default", Ref(0), Ref(0), outs=1), op("aten.sum.default", Ref(1), outs=2, frees=(1,))]

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate
+from moai.graph.placement import Partial, Placement, Replicate, Shard, local_shape
 from moai.graph.step_graph import TensorType
-from moai.lower.program import Program
+from moai.lower.program import Program, Slot
 from moai.platform.device import Device
 from moai.runtime import messages as m
 from moai.runtime.launcher import Launcher, LocalLauncher
@@ -42,7 +42,7 @@ class Buffer:
 
     __slots__ = ("__weakref__", "_frees", "_id", "placement", "type")
 
-    def __init__(self, id: int, type: TensorType, placement: Placement, frees: deque[int]) -> None:
+    def __init__(self, id: int, type: TensorType, placement: Placement, frees: deque[tuple[int, int]]) -> None:
         self.type = type
         self.placement = placement
         self._id: int | None = id
@@ -53,7 +53,16 @@ class Buffer:
 
     def __del__(self) -> None:
         if self._id is not None:
-            self._frees.append(self._id)
+            self._frees.append((self._id, local_bytes(self)))
+
+
+def local_bytes(x: Buffer | Slot) -> int:
+    """Bytes of a buffer on the device that holds most of it."""
+    shape = x.type.shape
+    if isinstance(x.placement, Shard):
+        fullest = max(range(len(x.placement.sizes)), key=x.placement.sizes.__getitem__)
+        shape = local_shape(shape, x.placement, fullest)
+    return TensorType(shape, x.type.dtype).nbytes
 
 
 class Accelerator:
@@ -68,7 +77,10 @@ class Accelerator:
         self._changed = threading.Condition()
         self._failure: str | None = None
         self._suspicion: tuple[float, str] | None = None
-        self._frees: deque[int] = deque()
+        self._frees: deque[tuple[int, int]] = deque()
+        self._resident = 0
+        self._counting = threading.Lock()
+        self._growth: dict[str, int] = {}  # of what is resident, by a run of each program
         self._ids = itertools.count(1)
         self._requests = itertools.count(1)
         self._programs: dict[str, Program] = {}
@@ -88,6 +100,11 @@ class Accelerator:
     def n_devices(self) -> int:
         """How many devices, and workers, there are."""
         return len(self.devices)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the live buffers on the fullest device."""
+        return self._resident
 
     @property
     def addresses(self) -> list[str]:
@@ -110,6 +127,7 @@ class Accelerator:
         self._post_frees()
         id = next(self._ids)
         buffer = Buffer(id, TensorType(tuple(tensor.shape), tensor.dtype), placement, self._frees)
+        self._count(local_bytes(buffer))
         tickets = []
         for link, part in zip(self._links, parts, strict=True):
             shape = tuple(tensor.shape if part is None else part.shape)
@@ -136,6 +154,7 @@ class Accelerator:
         for buffer, slot in zip(inputs, program.inputs, strict=True):
             if slot.donated:
                 buffer._id = None
+        self._count(self._growth[program.name])
         self._broadcast(command, awaits=("run", self._step))
         return outputs
 
@@ -145,6 +164,7 @@ class Accelerator:
         self._broadcast(m.Unload(tuple(self._loaded)))
         self._loaded.clear()
         self._programs.clear()
+        self._growth.clear()
 
     def read(self, buffer: Buffer) -> torch.Tensor:
         """The global tensor, on the CPU; blocks until it is there."""
@@ -236,6 +256,8 @@ class Accelerator:
             raise ValueError(f"there is another program named {program.name}: names must be unique")
         if program.name not in self._loaded:
             self._loaded.add(program.name)
+            donated = sum(local_bytes(slot) for slot in program.inputs if slot.donated)
+            self._growth[program.name] = sum(map(local_bytes, program.outputs)) - donated
             self._broadcast(m.Load(program))
 
     def _fetch(self, id: int, targets: Sequence[torch.Tensor]) -> None:
@@ -253,12 +275,17 @@ class Accelerator:
         for link in self._links:
             link.post(encoded, awaits=awaits)
 
+    def _count(self, nbytes: int) -> None:
+        with self._counting:  # the watching thread posts frees too
+            self._resident += nbytes
+
     def _post_frees(self) -> None:
         with self._changed:
             # Buffers die in any thread at any time: take those that are there now.
             dead = tuple(self._frees.popleft() for _ in range(len(self._frees)))
         if dead:
-            self._broadcast(m.Free(dead))
+            self._count(-sum(nbytes for _, nbytes in dead))
+            self._broadcast(m.Free(tuple(id for id, _ in dead)))
 
     # Waiting and failing.
 
