@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
 from moai.platform.telemetry import Publisher
 from moai.runtime.accelerator import Accelerator, Buffer, local_bytes
+from moai.runtime.messages import Pulse
 
 logger = logging.getLogger("moai")
 
@@ -46,6 +48,13 @@ def _give_memory_back() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def _end_job(lease: Lease, peak_bytes: int) -> None:
+    try:
+        jobs.finish(lease.job_id, peak_bytes)
+    except StateError as error:
+        logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
 
 
 class Session:
@@ -99,7 +108,12 @@ class Session:
             logger.warning("No job ID: %s", error)
             return None
         self.flavor = replace(self.flavor, devices=lease.devices)
+        self._telemetry = Publisher(lease.job_id, lease.devices, self._reports)
         return lease
+
+    def _reports(self) -> Sequence[Pulse | None]:
+        accelerator = self._accelerator
+        return [None] * self.flavor.n_devices if accelerator is None else accelerator.pulses
 
     def _connect(self) -> Accelerator:
         log.initializing()
@@ -107,33 +121,28 @@ class Session:
             accelerator = Accelerator(self.flavor.devices)
         log.connecting(accelerator.addresses)
         log.establishing()
-        if self._lease is not None:
-            self._telemetry = Publisher(self._lease.job_id, self.flavor.devices, lambda: accelerator.pulses)
         log.ready(self._lease.job_id if self._lease is not None else None)
         return accelerator
 
     def close(self) -> None:
         """Release the devices. What was recorded and never read is dropped."""
-        if os.getpid() != self._pid or self._accelerator is None:
-            return
-        accelerator, self._accelerator = self._accelerator, None
-        try:
-            accelerator.close()
-        finally:
+        if os.getpid() == self._pid:
             self._release()
 
     def _release(self) -> None:
-        """The job is over: others may have its devices."""
+        """End the workers, then the job: others may have its devices."""
         peak_bytes = 0
         if self._telemetry is not None:
             self._telemetry.stop()
             peak_bytes = self._telemetry.peak_bytes
+        accelerator, self._accelerator = self._accelerator, None
         lease, self._lease, self._telemetry = self._lease, None, None
-        if lease is not None:
-            try:
-                jobs.finish(lease.job_id, peak_bytes)
-            except StateError as error:
-                logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
+        try:
+            if accelerator is not None:
+                accelerator.close()
+        finally:
+            if lease is not None:
+                _end_job(lease, peak_bytes)
 
     def synchronize(self) -> None:
         """Run what is recorded and wait until the devices are idle."""

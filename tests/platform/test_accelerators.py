@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moai.platform import accelerators, flavors, pool, state, telemetry, tokens
+from moai.platform import accelerators, flavors, jobs, pool, state, telemetry, tokens
 from moai.platform.accelerators import AcceleratorError
 from moai.platform.device import Device
 from moai.platform.pool import GB, Machine
@@ -196,6 +196,7 @@ def test_reset_ends_the_program_on_the_default_accelerator(environ, start):
     assert accelerators.reset(environ)
     assert accelerators.accelerators(environ)[0].job is None
     assert program.end() == -15
+    assert jobs.history(environ)[0].exit == "reset"
 
 
 def test_reset_ends_a_program_that_does_not_want_to(environ, start, monkeypatch):

@@ -158,9 +158,11 @@ def reset(environ: Mapping[str, str] = os.environ) -> bool:
         if job is None:
             return False
         mark = _mark(db, job)
-    if _end(job.pid, mark):
-        return True
-    raise AcceleratorError(f"Process {job.pid} did not end, even when killed. Try again later.")
+    if not _end(job.pid, mark):
+        raise AcceleratorError(f"Process {job.pid} did not end, even when killed. Try again later.")
+    with state.transaction(environ) as db:
+        db.execute("UPDATE jobs SET exit = ? WHERE id = ?", (jobs.RESET, job.id))
+    return True
 
 
 def token(environ: Mapping[str, str] = os.environ) -> str:

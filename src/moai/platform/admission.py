@@ -18,12 +18,13 @@ import sqlite3
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from moai.platform import exit_status, jobs, log, pool, processes, state, tokens
 from moai.platform.accelerators import Choice
 from moai.platform.device import Device
-from moai.platform.errors import AcceleratorError
+from moai.platform.errors import AcceleratorError, StateError
 from moai.platform.pool import Machine
 
 POLL_SECONDS = 0.25
@@ -134,7 +135,8 @@ class _Queue:
 
     def leave(self) -> None:
         """Give up."""
-        with state.transaction(self._environ) as db:
+        # If the state cannot be used now, the request goes when this process does.
+        with suppress(StateError), state.transaction(self._environ) as db:
             db.execute("DELETE FROM requests WHERE pid = ? AND birth = ?", (self._pid, self._birth))
 
     def _token(self, db: sqlite3.Connection) -> str:

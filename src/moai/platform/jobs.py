@@ -21,14 +21,15 @@ from moai.platform import exit_status, processes, state, telemetry
 from moai.platform.device import Device
 
 KILLED = "killed"
+RESET = "reset"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One program on one accelerator, as it was when this was read.
 
-    `accelerator` is None for one of its own. Times are seconds since the epoch. `ended` is None while the job runs;
-    `exit`, the status ("0") or what ended it ("killed", "RuntimeError: ..."), is None until its process is gone.
+    `accelerator` is None for one of its own. Times are seconds since the epoch. `ended` is None while the job runs.
+    `exit` is the status ("0") or what ended the process ("killed", "reset", "RuntimeError: ..."), None before that.
     """
 
     id: int

@@ -105,19 +105,18 @@ class Publisher:
         draft.replace(self._file)
 
     def stop(self) -> None:
-        """No more records after this."""
+        """Writes a last record."""
         self._over.set()
         self._thread.join(PERIOD_SECONDS)
 
     def _run(self) -> None:
-        while True:
-            try:
+        try:
+            self.publish()
+            while not self._over.wait(PERIOD_SECONDS):
                 self.publish()
-            except OSError as error:
-                logger.warning("What the devices do cannot be told to others: %s.", error)
-                return
-            if self._over.wait(PERIOD_SECONDS):
-                return
+            self.publish()  # the peak of the last second
+        except OSError as error:
+            logger.warning("What the devices do cannot be told to others: %s.", error)
 
     def _usage(self, device: Device, report: Report | None) -> DeviceUsage:
         memory, busy = (0, 0.0) if report is None else (report.memory, report.busy)
