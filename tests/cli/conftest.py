@@ -14,7 +14,7 @@ def home(tmp_path, monkeypatch):
     """A user of this machine who has never used an accelerator."""
     for name in ("MOAI_FLAVOR", "MOAI_DEVICES", "MOAI_CONFIG", "MOAI_DEVICE_NAME", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("MOREH_VISIBLE_DEVICE", "MOREH_VISIBLE_DEVICES", "MOREH_SDA_TOKEN"):
+    for name in ("MOREH_VISIBLE_DEVICE", "MOREH_VISIBLE_DEVICES", "MOREH_SDA_TOKEN", "PYTHONUNBUFFERED"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path))

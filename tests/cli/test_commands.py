@@ -20,6 +20,7 @@ from tests.cli.conftest import flavor
 
 COMMANDS = Path(sysconfig.get_path("scripts"))
 OF_A_TOKEN = [["moreh-smi"], ["moreh-switch-model", "--list"], ["moai", "status"]]
+WITH_HELP = [["moreh-smi", "--help"], ["moreh-switch-model", "--help"], ["moai", "--help"]]
 THAT_READ_STATE = [*OF_A_TOKEN, ["moai", "jobs"]]
 UNWRITABLE = Path("/proc/self")
 TIMEOUT = 20.0
@@ -155,7 +156,7 @@ def test_a_wrong_selection_is_one_line_and_a_failure():
         assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("command", [*THAT_READ_STATE, ["moreh-smi", "--watch", "0.01"], ["moai", "doctor", "--json"]])
+@pytest.mark.parametrize("command", [*THAT_READ_STATE, *WITH_HELP, ["moreh-smi", "--watch", "0.01"]])
 def test_a_closed_pipe_is_one_line(command):
     read, write = os.pipe()
     os.close(read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moai.cli.command import complain
 
@@ -25,6 +25,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own passes over a closed pipe in silence."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         complain(f"{message}. See {self.prog} --help.")

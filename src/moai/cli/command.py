@@ -23,12 +23,14 @@ def run(body: Callable[[], int]) -> int:
     """The exit status of `body`, with all that it printed written out."""
     _accept_any_text()
     try:
-        exit_status = body()
+        try:
+            exit_status = body()
+        except SystemExit as exit:  # how argparse ends
+            exit_status = int(exit.code or 0)
         if sys.stdout:
             sys.stdout.flush()
         return exit_status
     except BrokenPipeError:
-        _forget_stdout()
         complain("The reader of the output went away before all of it was written.")
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -41,9 +43,11 @@ def run(body: Callable[[], int]) -> int:
 
 def complain(text: str) -> None:
     """One line on stderr, after everything that was printed before it."""
-    with suppress(OSError):
+    try:
         if sys.stdout:
             sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
     with suppress(OSError):
         print(f"{program()}: {' '.join(text.split())}", file=sys.stderr)
 
@@ -54,15 +58,14 @@ def program() -> str:
 
 
 def _accept_any_text() -> None:
-    """A command line in Korean must not fail on a terminal that has no Korean, nor bytes that are no text at a
-    prompt."""
+    """Korean in a job's command line, or bytes that are no text at a prompt, must not end the command."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _forget_stdout() -> None:
-    """What is left in stdout's buffer goes nowhere; else Python complains about it once more at exit."""
+    """What could not be written goes nowhere; else Python tries, and complains, once more at exit."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -47,41 +47,35 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="moreh-smi", usage=USAGE, description="Show and manage your accelerators (devices).", epilog=EPILOG
     )
-    basic = parser.add_argument_group("basic options")
-    basic.add_argument("-h", "--help", action="help", help="show this text")
-    one = basic.add_mutually_exclusive_group()
+    _add_basic_options(parser.add_argument_group("basic options"))
+    _add_device_options(parser.add_argument_group("device options"))
+    options = parser.parse_args(_with_dashes(arguments))
+    _check(parser, options)
+    return options
+
+
+def _add_basic_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-h", "--help", action="help", help="show this text")
+    one = group.add_mutually_exclusive_group()
     one.add_argument("-r", "--reset", action="store_true", help="stop the running process and release the device")
     one.add_argument("-s", "--server-version", action="store_true", help="version of the framework on the server")
     one.add_argument("-v", "--version", action="store_true", help="version of the framework in this environment")
     one.add_argument("-t", "--token", action="store_true", help="the token that the devices belong to")
     one.add_argument("-p", dest="hardware", action="store_true", help="the physical devices behind a device")
-    basic.add_argument("-i", "--idx", type=accelerator_id, metavar="N", help="device N only")
-    basic.add_argument("--json", action="store_true", help="print JSON")
-    basic.add_argument("--watch", type=seconds, metavar="SECONDS", help="repaint every so often, until Ctrl-C")
+    group.add_argument("-i", "--idx", type=accelerator_id, metavar="N", help="device N only")
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("--watch", type=seconds, metavar="SECONDS", help="repaint every so often, until Ctrl-C")
 
-    device = parser.add_argument_group("device options")
-    device.add_argument("device", nargs="?", choices=["device"], metavar="device", help="goes before these options")
-    action = device.add_mutually_exclusive_group()
-    action.add_argument("--list", action="store_true", help="models that can be added")
-    action.add_argument(
-        "--add", nargs="?", const=ASK, metavar="MODEL", help="add a device; MODEL is a number or a name"
-    )
-    action.add_argument(
-        "--rm",
-        nargs="?",
-        type=accelerator_id,
-        const=ASK,
-        metavar="DEVICE",
-        help="remove a device; with --all, all of them",
-    )
-    action.add_argument(
-        "--switch", nargs="?", type=accelerator_id, const=ASK, metavar="DEVICE", help="make a device the default one"
-    )
-    device.add_argument("--all", action="store_true", help="with --rm: remove all devices but the default one")
 
-    options = parser.parse_args(_with_dashes(arguments))
-    _check(parser, options)
-    return options
+def _add_device_options(group: argparse._ArgumentGroup) -> None:
+    existing: dict[str, Any] = {"nargs": "?", "type": accelerator_id, "const": ASK, "metavar": "DEVICE"}
+    group.add_argument("device", nargs="?", choices=["device"], metavar="device", help="goes before these options")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--list", action="store_true", help="models that can be added")
+    one.add_argument("--add", nargs="?", const=ASK, metavar="MODEL", help="add a device; MODEL is a number or a name")
+    one.add_argument("--rm", **existing, help="remove a device")
+    one.add_argument("--switch", **existing, help="make a device the default one")
+    group.add_argument("--all", action="store_true", help="with --rm: remove all devices but the default one")
 
 
 def _with_dashes(arguments: list[str]) -> list[str]:
