@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moai.cli import doctor
-from moai.platform import pool, state
+from moai.platform import accelerators, flavors, pool, state
 
 
 @pytest.fixture
@@ -58,9 +58,23 @@ def test_a_build_of_the_right_torch_is_right():
     assert checks["torch"].ok
 
 
-def test_a_switched_off_autoload_is_a_problem(environ):
+@pytest.mark.parametrize("variable", ["TORCH_DEVICE_BACKEND_AUTOLOAD", "MOAI_CUDA"])
+def test_a_switched_off_accelerator_is_a_problem(environ, variable):
+    check = doctor.autoload({**environ, "MOAI_FLAVOR": "Small", variable: "0"})
+    assert check.advice == f"Unset {variable}."
+
+
+def test_an_accelerator_that_was_never_chosen_is_a_problem(environ):
+    assert "moreh-switch-model" in doctor.autoload(environ).advice
+    for variable, value in (("MOAI_FLAVOR", "Small"), ("MOAI_CUDA", "1"), ("MOREH_VISIBLE_DEVICE", "0")):
+        assert doctor.autoload({**environ, variable: value}).ok
+    accelerators.set_flavor(flavors.available(environ=environ)[0], environ)
     assert doctor.autoload(environ).ok
-    assert "Unset" in doctor.autoload({**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}).advice
+
+
+def test_a_package_without_its_entry_point_is_a_problem(environ, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    assert "pip install" in doctor.autoload({**environ, "MOAI_CUDA": "1"}).advice
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(environ, tmp_path, monkeypatch):

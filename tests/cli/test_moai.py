@@ -122,6 +122,7 @@ def test_doctor_fails_and_says_what_to_do(capsys, monkeypatch):
 
 
 def test_doctor_checks_this_environment(moai_says, monkeypatch):
+    monkeypatch.setenv("MOAI_DEVICES", "1")
     monkeypatch.delenv("MOAI_CONFIG")  # the machine's own flavors
     names = [check["name"] for check in json.loads(moai_says("doctor", "--json"))]
     for name in ("Python", "torch", "import torch", "devices", "accelerator", "memory", "state folder", "database"):

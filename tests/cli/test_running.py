@@ -1,15 +1,17 @@
 """The commands while another process uses an accelerator."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
 from moai.cli import smi, switch_model
-from moai.platform import accelerators
+from moai.platform import accelerators, flavors
 
 TIMEOUT = 20.0
 PROGRAM = """
@@ -27,17 +29,28 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def program(home, tmp_path):
-    """A process that uses the default accelerator, two CPU workers of this machine, until its stdin ends."""
+def start(home, tmp_path):
+    """Starts a process that uses an accelerator until its stdin ends; the environment is this one's and `variables`."""
     script = tmp_path / "train.py"
     script.write_text(PROGRAM)
-    accelerators.set_flavor(next(f for f in accelerators.flavors.available() if f.n_devices == 2))
-    with subprocess.Popen([sys.executable, script], stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdin and process.stdout
-        assert process.stdout.readline() == "runs\n"
-        yield process
-        process.stdin.close()
-        process.wait(TIMEOUT)
+    with ExitStack() as stack:
+
+        def run(**variables):
+            environ = {**os.environ, **variables}
+            process = subprocess.Popen([sys.executable, script], stdin=-1, stdout=-1, text=True, env=environ)
+            stack.enter_context(process)
+            assert process.stdout
+            assert process.stdout.readline() == "runs\n"
+            return process
+
+        yield run  # leaving the stack closes their stdin and awaits them
+
+
+@pytest.fixture
+def program(start):
+    """A process on the default accelerator: two CPU workers of this machine."""
+    accelerators.set_flavor(next(f for f in flavors.available() if f.n_devices == 2))
+    return start()
 
 
 def shown(capsys, *arguments):
@@ -67,7 +80,7 @@ def test_its_devices_are_shown(program, capsys):
 
 @pytest.mark.parametrize("arguments", [["device", "--rm", "0"], ["device", "--switch", "0"]])
 def test_its_accelerator_can_be_neither_removed_nor_switched_to(program, capsys, arguments):
-    accelerators.add(accelerators.flavors.available()[0])
+    accelerators.add(flavors.available()[0])
     assert str(program.pid) in refused(capsys, smi, *arguments)
     assert len(accelerators.accelerators()) == 2
 
@@ -80,7 +93,7 @@ def test_the_model_of_its_accelerator_cannot_be_switched(program, capsys):
 
 
 def test_rm_all_keeps_its_accelerator(program, capsys):
-    first = accelerators.flavors.available()[0]
+    first = flavors.available()[0]
     for _ in range(2):
         accelerators.add(first)
     accelerators.switch(1)
@@ -101,3 +114,22 @@ def test_no_row_of_a_killed_process_survives_two_seconds(program, capsys):
     while "Processes:" in shown(capsys):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_accelerator_of_its_own_is_shown_but_cannot_be_selected(start, capsys, monkeypatch):
+    own = start(MOAI_DEVICES="1")
+    assert f"|  {own.pid}  |" in shown(capsys)
+    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
+    assert shown(capsys, "device", "--switch").endswith("\n\nSelection (0-0, q, Q): q\n")
+
+
+def test_two_programs_on_two_accelerators_are_shown_side_by_side(start, capsys):
+    smallest = flavors.available()[0]
+    accelerators.set_flavor(smallest)
+    accelerators.add(smallest)
+    first, second = start(), start(MOREH_VISIBLE_DEVICE="1")
+    rows = shown(capsys).partition("Processes:")[2].splitlines()[4:6]
+    assert [[cell.strip() for cell in row.split("|")][1:4:2] for row in rows] == [
+        ["0", str(first.pid)],
+        ["1", str(second.pid)],
+    ]

@@ -78,19 +78,19 @@ def packages(installed: Callable[[str], str] = importlib.metadata.version) -> It
 
 
 def autoload(environ: Mapping[str, str]) -> Check:
-    """Whether `import torch` will find the accelerator."""
+    """Whether `cuda` will be the accelerator after `import torch`."""
     name = "import torch"
-    if environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        return Check(
-            name,
-            "does not load the accelerator: TORCH_DEVICE_BACKEND_AUTOLOAD=0",
-            "Unset TORCH_DEVICE_BACKEND_AUTOLOAD.",
-        )
+    for variable in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "MOAI_CUDA"):
+        if environ.get(variable) == "0":
+            return Check(name, f"does not load the accelerator: {variable}=0", f"Unset {variable}.")
     hooks = importlib.metadata.entry_points(group="torch.backends")
     if not any(hook.value.startswith("moai.") for hook in hooks):
-        return Check(
-            name, "does not know of the accelerator", f"Install the package again: pip install --force {PACKAGE}"
-        )
+        advice = f"Install the package again: pip install --force-reinstall --no-deps {PACKAGE}"
+        return Check(name, "does not know of the accelerator", advice)
+    asked_for = any(environ.get(v) == "1" for v in ("MOAI_CUDA", "MOREH_ENABLE_ADVANCED_PARALLELIZATION"))
+    if not asked_for and not accelerators.configured(environ):
+        advice = "Choose one: moreh-switch-model for all programs, or MOAI_FLAVOR=NAME for one."
+        return Check(name, "leaves cuda as it is, for no accelerator has been chosen", advice)
     return Check(name, "finds the accelerator")
 
 
