@@ -50,13 +50,12 @@ def test_the_state_is_the_users_only(environ):
 
 
 def test_a_database_that_was_moved_away_does_not_come_back_by_its_log(environ):
-    with state.transaction(environ) as db:
-        insert(db)
+    count(environ)
     file = state.database(environ)
     keeper = sqlite3.connect(file)  # keeps the log from being merged
     keeper.execute("SELECT * FROM tokens").fetchall()
     with state.transaction(environ) as db:
-        db.execute("UPDATE tokens SET description = 'in the log'")
+        insert(db)
     file.rename(file.with_suffix(".damaged"))
     assert count(environ) == 0
     keeper.close()

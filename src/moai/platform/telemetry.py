@@ -90,12 +90,17 @@ class Publisher:
         self._reports = reports
         self._node = socket.gethostname()
         self._over = threading.Event()
+        self._writing = threading.Lock()
         self.peak_bytes = 0
         self._thread = threading.Thread(target=self._run, name="moai-telemetry", daemon=True)
         self._thread.start()
 
     def publish(self) -> None:
-        """Write the record now. Raises OSError where the state folder cannot be written."""
+        """Write the record now, from any thread. Raises OSError where the state folder cannot be written."""
+        with self._writing:
+            self._publish()
+
+    def _publish(self) -> None:
         reports = self._reports()
         self.peak_bytes = max(self.peak_bytes, sum(r.peak for r in reports if r is not None))
         devices = tuple(self._usage(d, r) for d, r in zip(self._devices, reports, strict=True))
