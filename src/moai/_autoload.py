@@ -54,7 +54,7 @@ def _is_wanted() -> bool:
     said = os.environ.get("MOAI_CUDA")
     if said in ("0", "1"):
         return said == "1"
-    if os.environ.get("MOAI_FLAVOR") or os.environ.get("MOAI_DEVICES"):
+    if os.environ.get("MOREH_ENABLE_ADVANCED_PARALLELIZATION") == "1":
         return True
     from moai.platform import accelerators
 

@@ -31,6 +31,8 @@ def run(code, tmp_path, **env):
         ({"MOAI_FLAVOR": "anything"}, ON),
         ({"MOAI_DEVICES": "2"}, ON),
         ({"MOAI_CUDA": "1"}, ON),
+        ({"MOREH_ENABLE_ADVANCED_PARALLELIZATION": "1"}, ON),
+        ({"MOREH_ENABLE_ADVANCED_PARALLELIZATION": "0"}, OFF),
         ({"MOAI_CUDA": "0", "MOAI_DEVICES": "2"}, OFF),
     ],
 )
