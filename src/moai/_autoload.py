@@ -7,7 +7,6 @@ slow `import torch`: an error becomes one line of warning, and everything heavy 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,11 @@ def activate() -> None:
     """Makes the accelerator known to torch."""
     try:
         from moai.device import owner
+        from moai.platform import activation
 
         owner.provide(_session)
         _offer_options()
-        if _is_wanted():
+        if activation.wanted():
             from moai.device import alias
 
             alias.turn_on()
@@ -47,15 +47,3 @@ def _offer_options() -> None:
     torch.moreh = moreh  # type: ignore[attr-defined]
     sys.modules["torch.moreh"] = moreh
     sys.modules["torch.moreh.option"] = moreh.option
-
-
-def _is_wanted() -> bool:
-    """MOAI_CUDA says so, or the user has chosen an accelerator."""
-    said = os.environ.get("MOAI_CUDA")
-    if said in ("0", "1"):
-        return said == "1"
-    if os.environ.get("MOREH_ENABLE_ADVANCED_PARALLELIZATION") == "1":
-        return True
-    from moai.platform import accelerators
-
-    return accelerators.configured()

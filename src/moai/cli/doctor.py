@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moai.platform import accelerators, pool, state
+from moai.platform import accelerators, activation, pool, state
 from moai.platform.pool import GB, MB
 
 PACKAGE = "moai-accelerator"
@@ -87,8 +87,7 @@ def autoload(environ: Mapping[str, str]) -> Check:
     if not any(hook.value.startswith("moai.") for hook in hooks):
         advice = f"Install the package again: pip install --force-reinstall --no-deps {PACKAGE}"
         return Check(name, "does not know of the accelerator", advice)
-    asked_for = any(environ.get(v) == "1" for v in ("MOAI_CUDA", "MOREH_ENABLE_ADVANCED_PARALLELIZATION"))
-    if not asked_for and not accelerators.configured(environ):
+    if not activation.wanted(environ):
         advice = "Choose one: moreh-switch-model for all programs, or MOAI_FLAVOR=NAME for one."
         return Check(name, "leaves cuda as it is, for no accelerator has been chosen", advice)
     return Check(name, "finds the accelerator")
