@@ -32,6 +32,7 @@ from moai.platform.admission import Lease
 from moai.platform.errors import StateError, memory_error
 from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
+from moai.platform.speed import Speedometer
 from moai.platform.telemetry import Publisher
 from moai.runtime.accelerator import Accelerator, Buffer, local_bytes
 from moai.runtime.messages import Pulse
@@ -50,9 +51,15 @@ def _give_memory_back() -> None:
         libc.malloc_trim(0)
 
 
-def _end_job(lease: Lease, peak_bytes: int) -> None:
+def _tokens(graph: StepGraph) -> int:
+    """Positions in a step's batch: entries of its largest input of integers with a batch and a sequence dim."""
+    types = [graph.types[i.id] for i in graph.inputs if i.batch]
+    return max((t.numel for t in types if t.dtype == torch.int64 and len(t.shape) == 2), default=0)
+
+
+def _end_job(lease: Lease, peak_bytes: int, tokens_per_s: float | None) -> None:
     try:
-        jobs.finish(lease.job_id, peak_bytes)
+        jobs.finish(lease.job_id, peak_bytes, tokens_per_s)
     except StateError as error:
         logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
 
@@ -73,6 +80,7 @@ class Session:
         self._lease: Lease | None = None
         self._telemetry: Publisher | None = None
         self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
+        self._speed = Speedometer()
         self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
         self._pid = os.getpid()
@@ -142,7 +150,7 @@ class Session:
                 accelerator.close()
         finally:
             if lease is not None:
-                _end_job(lease, peak_bytes)
+                _end_job(lease, peak_bytes, self._speed.tokens_per_s)
 
     def synchronize(self) -> None:
         """Run what is recorded and wait until the devices are idle."""
@@ -183,7 +191,10 @@ class Session:
         program = self._program(segment.graph, given)
         self._check_memory(program, segment)
         self._upload(program, segment)
-        return accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
+        outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
+        if segment.graph.trains:
+            self._speed.step(_tokens(segment.graph))
+        return outputs
 
     def _program(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
         key = (id(graph), given)

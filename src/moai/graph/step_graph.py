@@ -117,6 +117,11 @@ class StepGraph:
     nodes: tuple[Node, ...]
     n_scalars: int
 
+    @property
+    def trains(self) -> bool:
+        """Whether the segment holds an optimizer's step (whose nodes come last)."""
+        return bool(self.nodes) and self.nodes[-1].origin.phase == "optimizer"
+
     def __str__(self) -> str:
         def name(v: int) -> str:
             return f"%{v}:{self.types[v]}"

@@ -57,15 +57,18 @@ def history(environ: Mapping[str, str] = os.environ) -> tuple[Job, ...]:
     return tuple(map(_job, rows))
 
 
-def finish(job_id: int, peak_bytes: int, environ: Mapping[str, str] = os.environ) -> None:
+def finish(
+    job_id: int, peak_bytes: int, tokens_per_s: float | None = None, environ: Mapping[str, str] = os.environ
+) -> None:
     """Note that this process has released its devices. Raises StateError.
 
     If it is ending with an exception, that becomes the job's `exit`.
     """
     with state.transaction(environ) as db:
         db.execute(
-            "UPDATE jobs SET ended = ?, exit = coalesce(exit, ?), peak_bytes = ? WHERE id = ? AND ended IS NULL",
-            (time.time(), _uncaught(), peak_bytes or None, job_id),
+            "UPDATE jobs SET ended = ?, exit = coalesce(exit, ?), peak_bytes = ?, tokens_per_s = ?"
+            " WHERE id = ? AND ended IS NULL",
+            (time.time(), _uncaught(), peak_bytes or None, tokens_per_s, job_id),
         )
     telemetry.forget(job_id, environ)
 
