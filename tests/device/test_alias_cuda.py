@@ -193,3 +193,10 @@ def test_a_forked_process_cannot_use_the_device(monkeypatch):
     assert torch.cuda._is_in_bad_fork() and not torch.cuda.is_initialized()
     with pytest.raises(RuntimeError, match="'spawn'"):
         torch.cuda._lazy_init()
+
+
+def test_cudnn_is_not_tried_on_the_accelerators_tensors(monkeypatch):
+    """A torch that is built for CUDA says that cuDNN is there; nn.LSTM would hand it weights that are not."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "_init", lambda: True)
+    assert not torch.backends.cudnn.is_acceptable(torch.ones(2, device="cuda"))

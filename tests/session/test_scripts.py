@@ -140,16 +140,14 @@ def test_a_killed_worker_ends_the_script_with_its_device_and_signal() -> None:
 def test_the_script_holds_the_model_once_and_gives_it_up_to_the_workers() -> None:
     """Peak: the model once and 500 MB, which a second copy of this model (of 610 MB) would exceed."""
     script = """
-import resource
 model = torch.nn.Sequential(*(torch.nn.Linear(4000, 4000, bias=False) for _ in range(10))).cuda()
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 for _ in range(2):
     model(torch.randn(2, 4000).cuda()).sum().backward()
     optimizer.step(); optimizer.zero_grad()
 print(model[0].weight.sum().item())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 2**20
-print(peak, now)
+status = dict(line.split(':') for line in open('/proc/self/status'))
+print(*(int(status[name].split()[0]) / 1024 for name in ('VmHWM', 'VmRSS')))
 """
     done = run(script, MOAI_DEVICES="1")
     peak, now = map(float, done.stdout.split()[1:])

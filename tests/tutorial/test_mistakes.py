@@ -15,9 +15,7 @@ def fails(prepared, folder, *arguments, **environ):
 
 
 def test_an_unknown_flavor(prepared, tmp_path):
-    assert "MOAI_FLAVOR=Huge: no such flavor on this machine. There are: Small." in fails(
-        prepared, tmp_path, MOAI_FLAVOR="Huge"
-    )
+    assert "MOAI_FLAVOR=Huge: no such flavor here. There are: Small." in fails(prepared, tmp_path, MOAI_FLAVOR="Huge")
 
 
 def test_too_many_devices(prepared, tmp_path):

@@ -223,6 +223,12 @@ def install() -> None:
         setattr(torch.accelerator, name, getattr(torch_cuda_memory, name))
         setattr(torch.accelerator.memory, name, getattr(torch_cuda_memory, name))
     torch.accelerator.synchronize = _accelerator_synchronize
+    torch.backends.cudnn.is_acceptable = _cudnn_accepts
+
+
+def _cudnn_accepts(tensor: torch.Tensor) -> bool:
+    """No: a torch that is built for CUDA has cuDNN here, but its tensors are the workers'."""
+    return False
 
 
 def _name() -> str:
