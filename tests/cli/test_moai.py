@@ -1,4 +1,4 @@
-"""`moai`: status, jobs, doctor, completion."""
+"""`moai`: status, jobs, doctor, token, completion."""
 
 import json
 
@@ -137,11 +137,11 @@ def test_without_a_history_there_is_no_table(moai_says):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_names_every_command(moai_says, arguments):
     out = moai_says(*arguments)
-    for name in ("status", "jobs", "doctor", "completion"):
+    for name in ("status", "jobs", "doctor", "token", "completion"):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["status", "jobs", "doctor", "completion"])
+@pytest.mark.parametrize("command", ["status", "jobs", "doctor", "token", "completion"])
 def test_every_command_has_help(moai_says, command):
     assert f"moai {command} [OPTIONS]" in moai_says(command, "--help")
 
@@ -157,3 +157,13 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.endswith("See moai --help.\n")
+
+
+def test_a_new_token_has_an_accelerator_of_its_own(moai_says, monkeypatch):
+    token = moai_says("token", "the night shift").strip()
+    assert len(token) == 24
+    monkeypatch.setenv("MOREH_SDA_TOKEN", token)
+    assert [a.id for a in accelerators.accelerators()] == [0]
+    described = json.loads(moai_says("token", "--json", "another"))
+    assert described["description"] == "another"
+    assert described["token"] != token

@@ -105,6 +105,23 @@ def doctor(in_json: bool) -> int:
 
 
 @moai.command()
+@in_json
+@click.argument("description")
+def token(in_json: bool, description: str) -> None:
+    """Make a new token, with an accelerator of its own.
+
+    Who sets MOREH_SDA_TOKEN to it uses its accelerators instead of the local user's.
+    """
+    from moai.platform import tokens
+
+    made = tokens.create(description, os.environ)
+    if in_json:
+        _print_json({"token": made, "description": description})
+    else:
+        print(made)
+
+
+@moai.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a shell.

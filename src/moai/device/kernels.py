@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from moai.capture.geometry import contiguous_stride, numel, span
+from moai.capture.geometry import contiguous_stride, span
 from moai.capture.operators import Operator
 from moai.capture.recorder import Recorder
-from moai.capture.values import Record, record_of
 
 aten = torch.ops.aten
 _CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -209,16 +208,3 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         "_index_put_impl_": put(index_put_impl),
         "native_batch_norm": native_batch_norm,
     }
-
-
-def storage_content(recorder: Recorder, storage: torch.UntypedStorage) -> torch.Tensor:
-    """The bytes of an accelerator storage as a uint8 CPU tensor."""
-    record: Record = storage._moai  # type: ignore[attr-defined]
-    size, stride, dtype = record.base
-    whole = torch.empty(0, dtype=dtype, device="cuda").set_(storage, 0, size, stride)
-    host = recorder.read(whole)
-    flat = torch.empty(0, dtype=dtype).set_(host.untyped_storage())
-    return flat.view(torch.uint8) if numel(size) else flat.to(torch.uint8)
-
-
-__all__ = ["on_accelerator", "record_of", "storage_content", "table"]
