@@ -133,3 +133,15 @@ def test_an_unsupported_dtype_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"no tensors of dtype torch\.float8_e4m3fn; it has"):
         torch.empty(3, dtype=torch.float8_e4m3fn, device="cuda")
     assert still_works()
+
+
+def test_an_operator_that_no_device_has_is_named_with_the_line_and_a_way_out() -> None:
+    library = torch.library.Library("moai_tests", "DEF")
+    library.define("only_on_the_cpu(Tensor x) -> Tensor")
+    library.impl("only_on_the_cpu", lambda x: x + 1, "CPU")
+    with pytest.raises(NotImplementedError) as raised:
+        torch.ops.moai_tests.only_on_the_cpu(torch.ones(2, device="cuda"))
+    message = str(raised.value)
+    assert "no kernel for moai_tests.only_on_the_cpu.default at test_errors.py:" in message
+    assert ".cpu()" in message
+    assert still_works()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moai.capture import provenance
 from moai.capture.operators import UNANNOTATED_WRITERS, Operator
 from moai.capture.recorder import Recorder
 from moai.device import attention, kernels, random, recurrent
@@ -55,6 +56,17 @@ def install(recorder: Recorder) -> None:
     for name, kernel in recurrent.table().items():
         library.impl(name, kernel, "AutogradPrivateUse1")
     attention.install(recorder, library)
+    others = torch.library.Library("_", "IMPL")
+    _libraries.append(others)
+    others.fallback(_refuse, "PrivateUse1")
+
+
+def _refuse(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """An operator that torch does not compose of others and no device has: a library's own, or a foreign layout's."""
+    raise NotImplementedError(
+        f"The accelerator's devices have no kernel for {op}{provenance.in_script()}. Write it with torch's operators, "
+        "or run it on the CPU: move its tensors there with .cpu(), and the result back with .to('cuda')."
+    )
 
 
 def _overload(name: str) -> torch._ops.OpOverload:
