@@ -145,3 +145,9 @@ def test_an_operator_that_no_device_has_is_named_with_the_line_and_a_way_out() -
     assert "no kernel for moai_tests.only_on_the_cpu.default at test_errors.py:" in message
     assert ".cpu()" in message
     assert still_works()
+
+
+def test_a_histogram_of_integers_without_a_range_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"min < max here \(got 0 and 0\) at test_errors.py:"):
+        torch.histc(torch.arange(4, device="cuda"), 2)
+    assert still_works()

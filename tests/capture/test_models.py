@@ -25,7 +25,10 @@ _LLAMA_SIZES = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2": lambda: transformers.Qwen2Config(tie_word_embeddings=True, **_LLAMA_SIZES),
     "llama": lambda: transformers.LlamaConfig(**_LLAMA_SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(head_dim=8, **_LLAMA_SIZES),
     "mistral": lambda: transformers.MistralConfig(sliding_window=8, **_LLAMA_SIZES),
+    "mixtral": lambda: transformers.MixtralConfig(num_local_experts=4, output_router_logits=True, **_LLAMA_SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(head_dim=8, sliding_window=8, **_LLAMA_SIZES),
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ),
@@ -41,9 +44,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def make_model(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
+def make_model(architecture: str, attention: str | None = None, experts: str | None = None) -> torch.nn.Module:
     config = CONFIGS[architecture]()
     config._attn_implementation = attention
+    config._experts_implementation = experts
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).train()
 
@@ -65,13 +69,14 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
 def train(
     device: str,
     architecture: str,
-    attention: str = "sdpa",
+    attention: str | None = None,
+    experts: str | None = None,
     optimizer: str = "adamw_foreach",
     masked: bool = True,
     clip: bool = False,
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Losses and final weights of a few steps."""
-    model = make_model(architecture, attention).to(device)
+    model = make_model(architecture, attention, experts).to(device)
     optim = OPTIMIZERS[optimizer](model.parameters())
     schedule = torch.optim.lr_scheduler.LinearLR(optim, 0.1, 1.0, total_iters=10)
     losses = []
@@ -95,10 +100,24 @@ def assert_trains_alike(*args, **kwargs) -> None:
     assert_same(weights, expected_weights, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [None, "eager"])  # None: what transformers chooses, sdpa where it can
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
-def test_every_architecture_trains_as_on_the_cpu(architecture: str, attention: str) -> None:
+def test_every_architecture_trains_as_on_the_cpu(architecture: str, attention: str | None) -> None:
     assert_trains_alike(architecture, attention)
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_train_as_on_the_cpu(experts: str) -> None:
+    assert_trains_alike("mixtral", experts=experts)
+
+
+@on_the_host
+@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
+def test_routing_to_experts_changes_no_graph(capture: Observed, experts: str) -> None:
+    segments = capture.segments
+    train("cuda", "mixtral", experts=experts)
+    assert len(capture.graphs) == 2
+    assert capture.segments - segments <= STEPS + 1
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))

@@ -151,6 +151,13 @@ def test_convolution_and_pooling(device):
 
 
 @same_as_cpu
+def test_integers_are_counted_as_a_gpu_counts_them(device):
+    x = (randn(50) * 10).int().to(device)
+    of_cpu = x.float() if device == "cpu" else x  # which counts floats only
+    return [torch.histc(of_cpu, bins, -10, 12).int() for bins in (5, 11, 22, 40)]
+
+
+@same_as_cpu
 def test_lstm(device):
     model = nn.LSTM(3, 4, num_layers=2, batch_first=True).to(device)
     y, (h, c) = model(randn(2, 5, 3).to(device))

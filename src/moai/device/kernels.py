@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moai.capture import provenance
 from moai.capture.geometry import contiguous_stride, span
 from moai.capture.operators import Operator
 from moai.capture.recorder import Recorder
@@ -151,8 +152,8 @@ def _copies(recorder: Recorder) -> dict[str, Callable[..., Any]]:
 def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     masked_fill = Operator(aten.masked_fill_.Tensor)
     index_put = Operator(aten.index_put_.default)
-    index_put_impl = Operator(aten._index_put_impl_.default)
     batch_norm = Operator(aten.native_batch_norm.default)
+    histogram = Operator(aten.histc.default)
 
     def local_scalar(self: torch.Tensor) -> Any:
         return recorder.read(self).item()
@@ -168,17 +169,28 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
 
         return kernel
 
-    def put(operator: Operator) -> Callable[..., torch.Tensor]:
-        def kernel(
-            self: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False, *rest: Any
-        ) -> torch.Tensor:
-            mask = indices[0] if len(indices) == 1 else None
-            if mask is not None and mask.dtype == torch.bool and values.numel() == 1 and not accumulate:
-                mask = mask.to(self.device).reshape(*mask.shape, *([1] * (self.dim() - mask.dim())))
-                return recorder.record(masked_fill, (self, mask, values.reshape(()).to(self.device)), {})
-            return recorder.record(operator, (self, list(indices), values, accumulate, *rest), {})
+    def put(
+        self: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False, unsafe: bool = False
+    ) -> torch.Tensor:
+        mask = indices[0] if len(indices) == 1 else None
+        if mask is not None and mask.dtype == torch.bool and values.numel() == 1 and not accumulate:
+            mask = mask.to(self.device).reshape(*mask.shape, *([1] * (self.dim() - mask.dim())))
+            return recorder.record(masked_fill, (self, mask, values.reshape(()).to(self.device)), {})
+        return recorder.record(index_put, (self, list(indices), values, accumulate), {})
 
-        return kernel
+    def histc(self: torch.Tensor, bins: int = 100, min: Any = 0, max: Any = 0) -> torch.Tensor:
+        """Of integers, which a GPU takes and a CPU does not: counted by addition, in whole numbers."""
+        if self.is_floating_point():
+            return recorder.record(histogram, (self, bins, min, max), {})
+        if min >= max:
+            raise NotImplementedError(
+                f"torch.histc of integers needs min < max here (got {min} and {max}){provenance.in_script()}. Give it "
+                "the range of the values, or count with torch.bincount."
+            )
+        values = self.reshape(-1)
+        inside = (values >= min) & (values <= max)
+        found = ((values.long() - min) * bins).div(max - min, rounding_mode="floor").clamp(0, bins - 1)
+        return torch.zeros(bins, dtype=self.dtype, device=self.device).index_add_(0, found, inside.to(self.dtype))
 
     def native_batch_norm(
         x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
@@ -202,9 +214,10 @@ def _others(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     return {
         "_local_scalar_dense": local_scalar,
         "equal": equal,
+        "histc": histc,
         "tril_indices": triangle_indices(torch.tril_indices),
         "triu_indices": triangle_indices(torch.triu_indices),
-        "index_put_": put(index_put),
-        "_index_put_impl_": put(index_put_impl),
+        "index_put_": put,
+        "_index_put_impl_": put,  # the same, of which autograd makes use
         "native_batch_norm": native_batch_norm,
     }
