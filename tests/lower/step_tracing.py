@@ -13,6 +13,16 @@ from moai.graph.step_graph import Input, Node, Origin, Output, Ref, StepGraph, T
 
 aten = torch.ops.aten
 
+_lib = torch.library.Library("moai_tests", "DEF")
+_lib.define("phase(str name) -> Tensor")
+_lib.impl("phase", lambda name: torch.zeros(()), "CompositeExplicitAutograd")
+torch.fx.node.has_side_effect(torch.ops.moai_tests.phase.default)
+
+
+def phase(name: str) -> None:
+    """What follows in a traced function belongs to this phase; it begins with "forward"."""
+    torch.ops.moai_tests.phase(name)
+
 
 def trace(
     fn: Callable[..., Any], state: Sequence[torch.Tensor], batch: Sequence[torch.Tensor], where: str = "train.py:1"
@@ -37,6 +47,7 @@ class _Converter:
         self._replacing: dict[int, int] = {}
         self._returned: dict[torch.fx.Node, torch.fx.Node] = {}  # result of an in-place operator -> what it overwrote
         self._where = where
+        self._phase: Any = "forward"
         for node in traced.graph.nodes:
             self._convert(node)
         self._outputs += [Output(v, k) for k, v in sorted(self._replacing.items())]
@@ -61,6 +72,9 @@ class _Converter:
             raise ValueError(f"cannot convert {node.format_node()}")
 
     def _call(self, node: torch.fx.Node) -> None:
+        if node.target is torch.ops.moai_tests.phase.default:
+            self._phase = node.args[0]
+            return
         written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         op = _functional(node.target) if written else node.target
         args, kwargs = self._args(node.args), {k: self._args(v) for k, v in node.kwargs.items()}
@@ -72,7 +86,7 @@ class _Converter:
             outs = tuple(map(self._like, overwritten)) if len(op._schema.returns) > 1 else self._like(overwritten[0])
             for target, new in zip(overwritten, outs if len(written) > 1 else (outs,), strict=True):
                 self._overwrite(target, new)
-        self._nodes.append(Node(op, args, kwargs, outs, Origin("forward", where=self._where)))
+        self._nodes.append(Node(op, args, kwargs, outs, Origin(self._phase, where=self._where)))
         self._ids[node] = outs
         if len(written) == 1 and isinstance(overwritten[0], torch.fx.Node):
             self._returned[node] = self._target(overwritten[0])  # x.mul_(2) is x

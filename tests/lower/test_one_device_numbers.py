@@ -13,14 +13,36 @@ import moai.graph.ops  # noqa: F401
 from moai.lower import Program, lower
 from moai.plan.plan import Plan
 from tests.lower.lockstep import run
-from tests.lower.step_tracing import trace
+from tests.lower.step_tracing import phase, trace
 
 Tensors = Sequence[torch.Tensor]
-DEVICES = (1, 2, 3, 4)
+SHARDED = {"distribute_param": True}
+LOW = {"distribute_param": True, "distribute_low_prec_param": True}
+PLANS = (
+    Plan(),
+    Plan(dp=2),
+    Plan(dp=3),
+    Plan(dp=4),
+    Plan(micro=3),
+    Plan(dp=2, micro=2),
+    Plan(dp=3, micro=2),
+    Plan(dp=2, **SHARDED),
+    Plan(dp=3, micro=2, **SHARDED),
+    Plan(dp=3, **LOW),
+    Plan(dp=2, micro=3, **LOW),
+    Plan(dp=4, shard=2, **SHARDED),
+    Plan(dp=4, shard=2, **LOW),
+    Plan(tp=2),
+    Plan(tp=3, micro=2),
+    Plan(dp=2, tp=2),
+    Plan(dp=2, tp=2, micro=2, **SHARDED),
+    Plan(dp=2, tp=2, **LOW),
+)
 
 
 @pytest.fixture(autouse=True)
-def _double_precision():
+def _double_precision(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)  # small states are spread, too
     torch.manual_seed(0)
     torch.set_num_threads(1)
     before = torch.get_default_dtype()
@@ -29,22 +51,29 @@ def _double_precision():
     torch.set_default_dtype(before)
 
 
-def check(fn: Callable[..., Any], state: Tensors, batch: Tensors, devices: Sequence[int] = DEVICES) -> Program:
-    """Compare `fn` on one plain device with its program on each number of devices; gives the last program."""
+def check(fn: Callable[..., Any], state: Tensors, batch: Tensors, plans: Sequence[Plan] = PLANS) -> Program:
+    """Compare `fn` on one plain device with its program by each plan; gives the last program over the batch alone."""
     graph = trace(fn, state, batch)
     plain = [t.clone() for t in (*state, *batch)]
     expected = list(fn(*plain))
     expected += [plain[o.replaces] for o in graph.outputs if o.replaces is not None]
-    for n in devices:
-        program = lower(graph, Plan(n), [None] * len(graph.inputs))
+    for plan in plans:
+        if plan.micro > 1 and len(batch[0]) < plan.dp * plan.micro:
+            continue
+        program = lower(graph, plan, [None] * len(graph.inputs))
         found = run(program, [*state, *batch])
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=n, k=k: f"{n}, output {k}: {m}")
-    return program
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, p=plan, k=k: f"{p}, output {k}: {m}")
+        if plan == Plan(dp=plan.dp):
+            last = program
+    return last
 
 
 def gradients(loss: torch.Tensor, leaves: Tensors) -> Tensors:
-    return torch.autograd.grad(loss, leaves)
+    phase("backward")
+    found = torch.autograd.grad(loss, leaves)
+    phase("optimizer")
+    return found
 
 
 def leaves(tensors: Tensors) -> list[torch.Tensor]:
@@ -144,7 +173,7 @@ def test_batch_smaller_than_the_number_of_devices():
     def step(w1, b1, w2, x, y):
         return (mlp_loss((w1, b1, w2), x, y),)
 
-    check(step, mlp_state(), [torch.randn(2, 8), torch.randint(0, 10, (2,))], devices=(3, 4))
+    check(step, mlp_state(), [torch.randn(2, 8), torch.randint(0, 10, (2,))], [Plan(dp=3), Plan(dp=4)])
 
 
 # -- optimizers

@@ -1,42 +1,117 @@
-"""Placements: how one global tensor lies on the devices of a one-axis mesh.
+"""Placements: how one global tensor lies on a mesh of devices.
 
-`Shard.sizes` gives the length of every device's part along `dim`, so an uneven split is as ordinary as an even
-one, and local shapes are arithmetic: nothing has to be divisible.
+A mesh has named axes. One of them, "micro", is executed in time: its coordinate is the pass of a loop and not a device.
+
+`Shard.sizes` gives the length of every part, so an uneven split is as ordinary as an even one, and local shapes are
+arithmetic: nothing has to be divisible. A placement that names neither shards nor partial axes is whole everywhere.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+TIME = "micro"
 
 
-@dataclass(frozen=True, slots=True)
-class Replicate:
-    """Every device holds the whole tensor."""
+@dataclass(frozen=True)
+class Mesh:
+    """Axes with their sizes, outermost first; devices are numbered row by row over all axes but "micro"."""
+
+    axes: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        return "R"
+        return ", ".join(f"{name}={size}" for name, size in self.axes)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size by name."""
+        return dict(self.axes)
+
+    @cached_property
+    def n_devices(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(size for name, size in self.axes if name != TIME)
+
+    @cached_property
+    def steps(self) -> int:
+        """Passes of the loop over micro-batches."""
+        return self.sizes.get(TIME, 1)
+
+    def count(self, axes: Sequence[str]) -> int:
+        """The number of coordinates over `axes`."""
+        return math.prod(self.sizes[a] for a in axes)
+
+    def coordinates(self, rank: int, step: int = 0) -> dict[str, int]:
+        """Where device `rank` is on every axis, in pass `step` of the loop."""
+        found = {TIME: step}
+        for name, size in reversed(self.axes):
+            if name != TIME:
+                rank, found[name] = divmod(rank, size)
+        return found
+
+    def index(self, axes: Sequence[str], at: Mapping[str, int]) -> int:
+        """The number of coordinate `at` over `axes`, row by row."""
+        number = 0
+        for a in axes:
+            number = number * self.sizes[a] + at[a]
+        return number
+
+    def group(self, axes: Sequence[str], rank: int) -> list[int]:
+        """The devices that differ from device `rank` on `axes` alone (itself included), in order of `index`."""
+        own = self.coordinates(rank)
+        others = [a for a, _ in self.axes if a not in axes and a != TIME]
+        found = []
+        for r in range(self.n_devices):
+            at = self.coordinates(r)
+            if all(at[a] == own[a] for a in others):
+                found.append((self.index(axes, at), r))
+        return [r for _, r in sorted(found)]
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Device r holds `sizes[r]` entries along `dim`, after the parts of the devices before it."""
+    """Dim `dim` is split over `axes`, outermost first: coordinate c over them (`Mesh.index`) holds `sizes[c]` entries,
+    after those of the coordinates before it.
+
+    With `blocks` > 1 the dim consists of so many equally long runs (a fused query, key and value, say) each of which is
+    split in this way: a device holds its part of every run, joined.
+    """
 
     dim: int
+    axes: tuple[str, ...]
     sizes: tuple[int, ...]
+    blocks: int = 1
 
     def __str__(self) -> str:
-        return f"S{self.dim}"
+        times = f"x{self.blocks}" if self.blocks > 1 else ""
+        return f"S{self.dim}{times}({','.join(self.axes)})"
 
 
 @dataclass(frozen=True, slots=True)
-class Partial:
-    """Every device holds a term; the tensor is their sum."""
+class Placement:
+    """`shards`: at most one a dim, in order of dims, no axis in two of them. `partial`: axes, in order of the mesh,
+    over which devices hold terms whose sum is the tensor. Over every other axis all hold the same."""
+
+    shards: tuple[Shard, ...] = ()
+    partial: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "P"
+        return " ".join([*map(str, self.shards), *(f"P({a})" for a in self.partial)]) or "R"
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """Every axis that some dim is split over."""
+        return tuple(a for s in self.shards for a in s.axes)
+
+    def shard_of(self, axis: str) -> Shard | None:
+        """The shard that `axis` takes part in, if any."""
+        return next((s for s in self.shards if axis in s.axes), None)
 
 
-Placement = Replicate | Shard | Partial
+REPLICATE = Placement()
 
 
 def split_evenly(length: int, parts: int) -> tuple[int, ...]:
@@ -45,8 +120,17 @@ def split_evenly(length: int, parts: int) -> tuple[int, ...]:
     return tuple(base + (r < extra) for r in range(parts))
 
 
-def local_shape(shape: tuple[int, ...], placement: Placement, rank: int) -> tuple[int, ...]:
-    """Shape of device `rank`'s part of a tensor of global `shape`."""
-    if not isinstance(placement, Shard):
-        return shape
-    return (*shape[: placement.dim], placement.sizes[rank], *shape[placement.dim + 1 :])
+def split_nested(length: int, parts: Sequence[int]) -> tuple[int, ...]:
+    """`length` split evenly in parts[0] parts, each of these in parts[1], ...: the innermost lengths, in order."""
+    lengths: tuple[int, ...] = (length,)
+    for n in parts:
+        lengths = tuple(part for whole in lengths for part in split_evenly(whole, n))
+    return lengths
+
+
+def local_shape(shape: tuple[int, ...], placement: Placement, mesh: Mesh, at: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape, at coordinate `at`, of the part of a tensor of global `shape`."""
+    found = list(shape)
+    for shard in placement.shards:
+        found[shard.dim] = shard.sizes[mesh.index(shard.axes, at)] * shard.blocks
+    return tuple(found)

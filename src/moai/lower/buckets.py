@@ -1,14 +1,15 @@
-"""Reductions run in the background, many at a time.
+"""Collectives run in the background, many at a time.
 
-In: instructions in which every sum over devices is an all_reduce of its own, placed where its result is first needed.
-Out: the same with reductions joined: each bucket starts right behind its last term and is awaited right before its
-first use. A reduction that nothing can be joined to, and that is small, stays a plain all_reduce.
+In: instructions in which every sum over devices, and every gathering of a state, is a collective of its own, placed
+where its result is first needed. Out: the same with collectives joined. A bucket of sums starts right behind its last
+term and is awaited right before its first use; a bucket of gathered states starts where the bucket before it is first
+used, so that at most two are under way. One that nothing can be joined to, and that is small, stays as it is.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from moai.graph.step_graph import Ref, flat_ids
@@ -22,39 +23,84 @@ _MIN_BYTES, _MAX_BYTES = 4 << 20, 25 << 20
 _BUCKETS = 4
 _SMALL = 4096
 
+_SUMS = frozenset({"all_reduce", "reduce_scatter"})
+_BOUNDS = frozenset({"repeat", "end_repeat"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A collective. `ready`: position of the instruction that makes its term; `due`: of the first use."""
+
+    instruction: Instruction
+    ready: int
+    due: int
+    nbytes: int
+
 
 @dataclass
 class _Bucket:
-    """Reductions to be joined. `ready`: position of the last term's instruction; `due`: of the first use."""
+    """Collectives to be joined."""
 
-    members: list[Instruction] = field(default_factory=list)
+    members: list[_Timed] = field(default_factory=list)
     ready: int = -1
     due: int = 0
     bytes: int = 0
 
-    def takes(self, ready: int, due: int, nbytes: int) -> bool:
+    def takes(self, member: _Timed) -> bool:
         """Whether a sum can join without being late for anyone."""
-        return max(self.ready, ready) < min(self.due, due) and self.bytes + nbytes <= _MAX_BYTES
+        fits = self.bytes + member.nbytes <= _MAX_BYTES
+        return fits and max(self.ready, member.ready) < min(self.due, member.due)
 
-    def join(self, member: Instruction, ready: int, due: int, nbytes: int) -> None:
-        self.due = min(self.due, due) if self.members else due
-        self.ready = max(self.ready, ready)
-        self.bytes += nbytes
+    def join(self, member: _Timed) -> None:
+        self.due = min(self.due, member.due) if self.members else member.due
+        self.ready = max(self.ready, member.ready)
+        self.bytes += member.nbytes
         self.members.append(member)
 
 
-def bucketed(code: Sequence[Instruction], values: Values) -> list[Instruction]:
-    sums = [i for i in code if i.op == "all_reduce"]
-    rest = [i for i in code if i.op != "all_reduce"]
+def bucketed(code: Sequence[Instruction], values: Values, states: Collection[int]) -> list[Instruction]:
+    """`states`: values that exist from the start, or are casts of such: they can be gathered ahead of time."""
+    out: list[Instruction] = []
+    part: list[Instruction] = []
+    for instruction in code:
+        if instruction.op in _BOUNDS:
+            out += (*_bucketed(part, values, states), instruction)
+            part = []
+        else:
+            part.append(instruction)
+    return out + _bucketed(part, values, states)
+
+
+def _bucketed(code: Sequence[Instruction], values: Values, states: Collection[int]) -> list[Instruction]:
+    """A part of a program without loops, one kind of collective after the other: one may need another's result."""
+
+    def kind(i: Instruction) -> tuple[str, tuple[str, ...]] | None:
+        joins = i.args[0].id in states if i.op == "all_gather" else i.op in _SUMS and "max" not in i.args
+        return (i.op, i.args[1]) if joins else None
+
+    found = list(code)
+    for wanted in dict.fromkeys(map(kind, code)):
+        if wanted is not None:
+            chosen = [i for i in found if kind(i) == wanted]
+            rest = [i for i in found if kind(i) != wanted]
+            found = _joined(chosen, rest, values)
+    return found
+
+
+def _joined(chosen: Sequence[Instruction], rest: Sequence[Instruction], values: Values) -> list[Instruction]:
     made = {o: at for at, i in enumerate(rest) for o in flat_ids(i.outs)}
     first_use: dict[int, int] = {}
     for at, instruction in enumerate(rest):
         for id_ in uses(instruction):
             first_use.setdefault(id_, at)
-
+    timed = [
+        _Timed(i, made.get(i.args[0].id, -1), first_use.get(i.outs, len(rest)), values.types[i.outs].nbytes)
+        for i in chosen
+    ]
+    buckets = _ahead(timed, values) if chosen[0].op == "all_gather" else _fill(timed, values)
     before: dict[int, list[Instruction]] = defaultdict(list)
     after: dict[int, list[Instruction]] = defaultdict(list)
-    for bucket in _fill(sums, made, first_use, len(rest), values):
+    for bucket in buckets:
         start, wait = _emitted(bucket, values)
         if start is not None:
             after[bucket.ready].append(start)
@@ -65,36 +111,47 @@ def bucketed(code: Sequence[Instruction], values: Values) -> list[Instruction]:
     return out + before[len(rest)]
 
 
-def _fill(
-    sums: Sequence[Instruction], made: dict[int, int], first_use: dict[int, int], end: int, values: Values
-) -> list[_Bucket]:
-    def ready(i: Instruction) -> int:
-        return made.get(i.args[0].id, -1)
-
-    total = sum(values.types[i.outs].nbytes for i in sums)
-    enough = min(max(total // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
+def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
+    enough = min(max(sum(s.nbytes for s in sums) // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
     full: list[_Bucket] = []
     filling: dict[object, _Bucket] = {}  # by dtype
-    for member in sorted(sums, key=ready):
-        type_ = values.types[member.outs]
-        at, due = ready(member), first_use.get(member.outs, end)
-        bucket = filling.get(type_.dtype)
-        if bucket is None or not bucket.takes(at, due, type_.nbytes) or bucket.bytes >= enough:
-            bucket = filling[type_.dtype] = _Bucket()
+    for member in sorted(sums, key=lambda s: s.ready):
+        dtype = values.types[member.instruction.outs].dtype
+        bucket = filling.get(dtype)
+        if bucket is None or not bucket.takes(member) or bucket.bytes >= enough:
+            bucket = filling[dtype] = _Bucket()
             full.append(bucket)
-        bucket.join(member, at, due, type_.nbytes)
+        bucket.join(member)
+    return full
+
+
+def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
+    """States by the order of their first use; each bucket starts where the one before it is awaited."""
+    enough = min(max(sum(g.nbytes for g in gathers) // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
+    full: list[_Bucket] = []
+    filling: dict[object, _Bucket] = {}
+    for member in sorted(gathers, key=lambda g: g.due):
+        dtype = values.types[member.instruction.outs].dtype
+        bucket = filling.get(dtype)
+        if bucket is None or bucket.bytes >= enough or bucket.bytes + member.nbytes > _MAX_BYTES:
+            bucket = filling[dtype] = _Bucket()
+            full.append(bucket)
+        bucket.join(member)
+    previous = -1
+    for bucket in full:
+        bucket.ready, previous = max(bucket.ready, min(previous, bucket.due - 1)), bucket.due
     return full
 
 
 def _emitted(bucket: _Bucket, values: Values) -> tuple[Instruction | None, Instruction]:
-    """The instruction that starts the bucket's reduction (None: it needs no start), and the one that gives the sums."""
-    members = bucket.members
-    where = members[-1].where
-    if len(members) == 1 and values.types[members[0].outs].numel <= _SMALL:
-        return None, members[0]
-    handle = values.new()
+    """The instruction that starts the bucket's collective (None: it needs no start), and the one with the results."""
+    members = [m.instruction for m in bucket.members]
+    first, where = members[0], members[-1].where
+    if len(members) == 1 and values.types[first.outs].numel <= _SMALL:
+        return None, first
+    handle = values.new_bucket(sum(values.local_bytes(m.outs) for m in members))
     terms = tuple(Ref(m.args[0].id) for m in members)
-    sums = tuple(m.outs for m in members)
+    cuts = () if first.op == "all_reduce" else (tuple(m.args[2:] for m in members),)
     shapes = tuple(s for m in members for s in m.shapes)
-    start = Instruction("all_reduce_start", (terms,), {}, handle, (), (), where)
-    return start, Instruction("wait", (Ref(handle),), {}, sums, (), shapes, where)
+    start = Instruction(f"{first.op}_start", (terms, first.args[1], *cuts), {}, handle, (), (), where)
+    return start, Instruction("wait", (Ref(handle),), {}, tuple(m.outs for m in members), (), shapes, where)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moai.graph.placement import Shard
+from moai.graph.placement import TIME, Mesh
 from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
-from moai.lower.operators import COLLECTIVES, operator
-from moai.lower.program import Instruction, PerRank, Program
+from moai.lower.operators import BUILTINS, COLLECTIVES, LOOPS, STARTS, operator
+from moai.lower.program import Instruction, PerRank, Program, Slot
 
 
 def check(program: Program) -> None:
@@ -22,7 +22,7 @@ def check(program: Program) -> None:
             assert id_ in alive, f"%{id_} is used after it was freed, {here}"
         outs = list(flat_ids(instruction.outs))
         assert not defined.intersection(outs), f"a value is defined twice, {here}"
-        _check_operator(instruction, program.n_devices, len(outs), here)
+        _check_operator(instruction, program.mesh, len(outs), here)
         defined.update(outs)
         alive.update(outs)
         assert alive.issuperset(instruction.frees), f"a value is freed twice, {here}"
@@ -30,26 +30,34 @@ def check(program: Program) -> None:
     for slot in program.outputs:
         assert slot.id in alive, f"output %{slot.id} of {program.name} is never written, or was freed"
     for slot in (*program.inputs, *program.outputs):
-        if isinstance(slot.placement, Shard):
-            length = slot.type.shape[slot.placement.dim]
-            assert sum(slot.placement.sizes) == length, f"%{slot.id}: parts {slot.placement.sizes} of {length}"
+        _check_placement(slot, program.mesh)
 
 
-def _check_operator(instruction: Instruction, n_devices: int, n_outs: int, here: str) -> None:
+def _check_placement(slot: Slot, mesh: Mesh) -> None:
+    axes = [*slot.placement.split_axes, *slot.placement.partial]
+    assert len(axes) == len(set(axes)) and set(axes) <= set(mesh.sizes) - {TIME}, f"%{slot.id}: {slot.placement}"
+    for shard in slot.placement.shards:
+        length = slot.type.shape[shard.dim]
+        assert sum(shard.sizes) * shard.blocks == length, f"%{slot.id}: parts {shard.sizes} of {length}"
+        assert len(shard.sizes) == mesh.count(shard.axes), f"%{slot.id}: parts {shard.sizes} on {mesh}"
+
+
+def _check_operator(instruction: Instruction, mesh: Mesh, n_outs: int, here: str) -> None:
     if instruction.op in COLLECTIVES:
         # What differs between devices would make them disagree about the message.
         assert not any(isinstance(a, PerRank) for a in instruction.args), f"a collective differs by device, {here}"
-        assert n_devices > 1, f"a collective on one device, {here}"
-    else:
+        axes = instruction.args[1]
+        assert axes and set(axes) <= set(mesh.sizes) - {TIME}, f"axes {axes} on mesh {mesh}, {here}"
+    elif instruction.op not in BUILTINS:
         operator(instruction.op)
-    if instruction.op != "all_reduce_start":
+    if instruction.op not in STARTS and instruction.op not in LOOPS:
         assert len(instruction.shapes) == n_outs, f"{len(instruction.shapes)} shapes for {n_outs} results, {here}"
     for shape in instruction.shapes:
         for length in shape:
-            assert _fits(length, n_devices), f"a length of {length} on {n_devices} devices, {here}"
+            assert _fits(length, mesh), f"a length of {length} on mesh {mesh}, {here}"
 
 
-def _fits(length: Any, n_devices: int) -> bool:
+def _fits(length: Any, mesh: Mesh) -> bool:
     if isinstance(length, PerRank):
-        return len(length.values) == n_devices and min(length.values) >= 0
+        return len(length.values) == mesh.count(length.axes) and min(length.values) >= 0
     return isinstance(length, int) and length >= 0

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
-from moai.lower.operators import COLLECTIVES, is_view
+from moai.lower.operators import BUILTINS, is_view
 from moai.lower.program import Instruction
 from moai.lower.values import Values
 
@@ -64,6 +64,6 @@ def renamed_refs(args: Any, renamed: dict[int, int]) -> Any:
 
 
 def _is_cheap(instruction: Instruction, values: Values) -> bool:
-    if instruction.op in COLLECTIVES:
+    if instruction.op in BUILTINS:
         return False
     return is_view(instruction.op) or all(values.types[o].numel <= _SMALL for o in flat_ids(instruction.outs))

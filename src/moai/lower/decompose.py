@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moai.graph.placement import Placement, Shard
+from moai.graph.placement import Placement
 from moai.graph.rules.dims import Call, argument_names
 from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.nn import MEAN, SUM
@@ -73,8 +73,7 @@ def mean(build: Builder, placements: Sequence[Placement]) -> None:
     call = build.call
     source = call.inputs[0]
     dims = call.dims("dim", len(source.shape))
-    (lies,) = placements
-    if not isinstance(lies, Shard) or lies.dim not in dims:
+    if _split_dims(placements[0]).isdisjoint(dims):
         return
     out = call.outputs[0].dtype
     count = math.prod(source.shape[d] for d in dims)
@@ -100,8 +99,7 @@ def euclidean_norm(build: Builder, placements: Sequence[Placement]) -> None:
     call = build.call
     source = call.inputs[0]
     dims = call.dims("dim", len(source.shape))
-    (lies,) = placements
-    if call["ord"] != 2 or not isinstance(lies, Shard) or lies.dim not in dims or not source.dtype.is_floating_point:
+    if call["ord"] != 2 or _split_dims(placements[0]).isdisjoint(dims) or not source.dtype.is_floating_point:
         return
     out = call.outputs[0].dtype
     x = build(aten._to_copy.default, call["self"], dtype=_wide(out))
@@ -143,6 +141,14 @@ def mean_loss_backward(build: Builder, placements: Sequence[Placement]) -> None:
     build(call.op, *build.changed(grad_output=grad, reduction=SUM), out=call.node.outs)
 
 
+def _split_dims(placement: Placement) -> set[int]:
+    return {s.dim for s in placement.shards}
+
+
+def _times(build: Builder, x: Ref, number: Any) -> Ref:
+    return x if number == 1 else build(aten.mul.Scalar, x, number)
+
+
 def plus_product(build: Builder, placements: Sequence[Placement]) -> None:
     """addmm, baddbmm, addmv: a product contracted over split dims is a sum; the bias is added to it once."""
     call = build.call
@@ -154,12 +160,11 @@ def plus_product(build: Builder, placements: Sequence[Placement]) -> None:
     rank = len(call.inputs[1].shape)
     left, right = placements[1:]
     row = len(call.inputs[2].shape) - 2 if rank > 1 and len(call.inputs[2].shape) > 1 else 0
-    contracted = (isinstance(left, Shard) and left.dim == rank - 1) or (isinstance(right, Shard) and right.dim == row)
-    if not contracted:
+    if rank - 1 not in _split_dims(left) and row not in _split_dims(right):
         return
     bias, a, b = (call[n] for n in call.input_names)
-    found = build(aten.mul.Scalar, build(product, a, b), call["alpha"])
-    build(aten.add.Tensor, found, build(aten.mul.Scalar, bias, call["beta"]), out=call.node.outs)
+    found = _times(build, build(product, a, b), call["alpha"])
+    build(aten.add.Tensor, found, _times(build, bias, call["beta"]), out=call.node.outs)
 
 
 def accumulate(build: Builder, placements: Sequence[Placement]) -> None:
@@ -168,7 +173,7 @@ def accumulate(build: Builder, placements: Sequence[Placement]) -> None:
     target: Ref = call["self"]
     if not call.args.get("accumulate", True) or build.is_zero(target):
         return
-    if not any(isinstance(p, Shard) for p in placements[1:]):
+    if not any(p.shards for p in placements[1:]):
         return
     into = call.type_of(target)
     zeros = build(aten.full.default, into.shape, 0, out=build.new(into), dtype=into.dtype)
@@ -280,7 +285,7 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[[Builder, Sequence[Placemen
 def decompose(call: Call, placements: Sequence[Placement], values: Values) -> list[Node] | None:
     """The nodes that stand for `call`, or None: it may stay. `placements` are those of its inputs."""
     rewrite = DECOMPOSITIONS.get(call.op)
-    if rewrite is None or not any(isinstance(p, Shard) for p in placements):
+    if rewrite is None or not any(p.shards for p in placements):
         return None
     build = Builder(call, values)
     rewrite(build, placements)

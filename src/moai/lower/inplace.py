@@ -2,6 +2,9 @@
 
 In: functional instructions. Out: instructions some of which write in place, and the names that results have since:
 an in-place instruction returns nothing, its result goes by the name of the value it overwrote.
+
+Inside of a loop only what the same pass has made is overwritten; a sum over passes may begin in the memory of its first
+term, if nobody else has it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from moai.lower.program import Instruction
 from moai.lower.values import Values
 
 _CLONE = "aten.clone.default"
+_BOUNDS = frozenset({"repeat", "end_repeat"})
+# What a list holds is still read in other passes and loops.
+_SHARED = frozenset({"collect", "take"})
 
 
 def in_place(
@@ -41,9 +47,24 @@ class _Walk:
         self._overlapping: set[int] = set()
         self._last_use = {id_: at for at, instruction in enumerate(code) for id_ in uses(instruction)}
         self._last_use |= dict.fromkeys(kept, len(code))
+        self._made: dict[int, int] = {o: at for at, i in enumerate(code) for o in flat_ids(i.outs)}
+        self._begin = -1  # of the loop around the instruction at hand
         for at, instruction in enumerate(code):
+            if instruction.op in _BOUNDS:
+                self._begin = at if instruction.op == "repeat" else -1
+            elif instruction.op == "accumulate":
+                instruction = replace(instruction, args=(instruction.args[0], self._owns(instruction, at)))
+            elif instruction.op in _SHARED:
+                self._borrowed.update(uses(instruction))
+                self._borrowed.update(flat_ids(instruction.outs))
             if not self._rewrite(instruction, at):
                 self._keep(instruction)
+
+    def _owns(self, instruction: Instruction, at: int) -> bool:
+        """Whether the memory of what is added up is nobody else's after the instruction."""
+        (x,) = uses(instruction)
+        whole = self._values.local_bytes(self._regions.find(x)) == self._values.local_bytes(x)
+        return whole and x not in self._overlapping and self._dead(x, at)
 
     def _keep(self, instruction: Instruction) -> None:
         self._regions.follow(instruction)
@@ -94,7 +115,14 @@ class _Walk:
             and values.placement(x) == values.placement(y)
             and x not in self._overlapping
             and readers[self._regions.find(x)] == 1
-            and all(m not in self._borrowed and self._last_use.get(m, -1) <= at for m in self._regions.members(x))
+            and self._dead(x, at)
+        )
+
+    def _dead(self, x: int, at: int) -> bool:
+        """Whether nobody reads what shares memory with `x` after instruction `at`, in a later pass either."""
+        return all(
+            m not in self._borrowed and self._last_use.get(m, -1) <= at and self._made.get(m, -1) >= self._begin
+            for m in self._regions.members(x)
         )
 
     def _copy(self, x: int, where: str) -> int:

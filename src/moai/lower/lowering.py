@@ -7,49 +7,58 @@ device runs. The result is that of one device on the global batch: no operator s
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from moai.graph.placement import Placement, Replicate, Shard, split_evenly
-from moai.graph.rules.dims import REPLICATE
-from moai.graph.step_graph import Input, Origin, Ref, StepGraph, flat_ids
+from moai.graph.placement import TIME, Mesh, Placement
+from moai.graph.step_graph import Node, Origin, Ref, StepGraph, flat_ids
 from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
 from moai.lower.check import check
 from moai.lower.cleanup import uses, without_dead, without_repetitions
 from moai.lower.inplace import in_place
+from moai.lower.inputs import Arrival, arrivals, global_batch
+from moai.lower.loops import in_loops
 from moai.lower.memory import Regions, peak_bytes, with_frees
+from moai.lower.moving import without_time
 from moai.lower.operators import is_view, overlaps_itself
 from moai.lower.placing import Placer
 from moai.lower.program import Instruction, Program, Slot
+from moai.lower.tensor_parallel import tensor_parallel
 from moai.lower.values import Values
+from moai.lower.wishes import wishes
+from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
 
 _names = (f"step{i}" for i in itertools.count())
 
 
 def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Program:
-    """The program that runs `graph` on `plan.dp` devices.
+    """The program that runs `graph` on `plan.n_devices` devices.
 
     `given[i]` is the placement that input i has on the devices, or None where it is still on the host:
     `Program.inputs[i].placement` then says how it is to be uploaded.
 
-    Raises RuntimeError for operators that cannot give one device's result on several devices.
+    Raises PlanError where the graph cannot be run so, and RuntimeError for operators that cannot give one device's
+    result on several devices.
     """
-    n = plan.dp
+    plan = _fitted(graph, plan, given)
+    mesh = plan.mesh
     nodes, types, outputs = canonical(graph)
-    values = Values(types)
-    for input_, placement in zip(graph.inputs, _input_placements(graph, n, given), strict=True):
-        values.place(input_.id, placement)
-    placer = Placer(values, n)
+    nodes, types, tp_shards = tensor_parallel(nodes, types, graph.inputs, plan)
+    arriving = arrivals(graph, plan, mesh, given, tp_shards)
+
+    values = Values(types, mesh)
+    placer = _placer(graph, plan, values, nodes, arriving)
     for node in nodes:
         placer.add(node)
-    outputs = _placed_outputs(graph, outputs, placer, values)
+    outputs = _placed_outputs(graph, outputs, placer, values, arriving)
 
     code = without_dead(placer.code, outputs)
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
-    code = bucketed(code, values)
+    code = in_loops(code, outputs, placer.remade, values)
+    code = bucketed(code, values, placer.stored)
     donated = _donated(graph)
     borrowed = [i.id for k, i in enumerate(graph.inputs) if k not in donated]
     code, renamed = in_place(code, borrowed, outputs, values)
@@ -60,7 +69,7 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     inputs = [i.id for i in graph.inputs]
     program = Program(
         name=next(_names),
-        n_devices=n,
+        mesh=mesh,
         inputs=tuple(Slot(i, values.types[i], values.placement(i), k in donated) for k, i in enumerate(inputs)),
         outputs=tuple(
             Slot(id_, values.types[id_], values.placement(id_), replaces=out.replaces)
@@ -76,34 +85,39 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     return program
 
 
-def global_batch(graph: StepGraph, given: Sequence[Placement | None]) -> int:
-    """The number of samples in the step, 0 if there are none: the most common leading length of what is split already,
-    or else of the batch inputs. The longest of equally common ones: position ids and masks come as [1, ...].
+def _fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:
+    """The plan for this graph: micro-batches need a backward, and a sample each.
+
+    A first step that is too small is refused. Later ones, like the last batch of an epoch, run in fewer parts.
     """
-    shapes = [graph.types[i.id].shape for i in graph.inputs]
-    split = [shape[0] for shape, p in zip(shapes, given, strict=True) if isinstance(p, Shard) and p.dim == 0]
-    leading = [shape[0] for shape, i in zip(shapes, graph.inputs, strict=True) if i.batch and shape and shape[0]]
-    lengths = Counter(split or leading)
-    return max(lengths, key=lambda length: (lengths[length], length), default=0)
-
-
-def _input_placements(graph: StepGraph, n: int, given: Sequence[Placement | None]) -> list[Placement]:
-    if len(given) != len(graph.inputs):
-        raise ValueError(f"{len(graph.inputs)} inputs, but {len(given)} placements were given")
+    if plan.micro == 1:
+        return plan
+    if all(n.origin.phase != "backward" for n in graph.nodes):
+        return replace(plan, micro=1)
     batch = global_batch(graph, given)
+    most = max(batch // plan.dp, 1)
+    if most >= plan.micro:
+        return plan
+    if all(p is None for p in given):
+        reason = f"a batch of {batch} cannot be cut into dp={plan.dp} x micro={plan.micro} parts of a sample or more."
+        raise PlanError(reason, replace(plan, micro=most) if batch >= plan.dp else None)
+    return replace(plan, micro=most)
 
-    def choose(input_: Input, present: Placement | None) -> Placement:
-        if n == 1:
-            return REPLICATE
-        if present is not None:
-            return present
-        shape = graph.types[input_.id].shape
-        # With fewer samples than devices some parts would be empty, which kernels do not expect.
-        if input_.batch and shape and shape[0] == batch >= n:
-            return Shard(0, split_evenly(batch, n))
-        return REPLICATE
 
-    return [choose(i, p) for i, p in zip(graph.inputs, given, strict=True)]
+def _placer(
+    graph: StepGraph, plan: Plan, values: Values, nodes: Sequence[Node], arriving: Sequence[Arrival]
+) -> Placer:
+    """The placer, with the inputs in their places."""
+    states = {
+        i.id: a.wanted.shards for i, a in zip(graph.inputs, arriving, strict=True) if not i.batch and a.wanted.shards
+    }
+    stored = {i.id for i, a in zip(graph.inputs, arriving, strict=True) if a.stored}
+    placer = Placer(values, plan, stored, wishes(nodes, list(values.types.values()), states) if stored else {})
+    for input_, arrival in zip(graph.inputs, arriving, strict=True):
+        values.place(input_.id, arrival.present)
+    for input_, arrival in zip(graph.inputs, arriving, strict=True):
+        placer.begin(input_.id, arrival.wanted)
+    return placer
 
 
 def _donated(graph: StepGraph) -> set[int]:
@@ -112,22 +126,33 @@ def _donated(graph: StepGraph) -> set[int]:
     return {k for k, i in enumerate(graph.inputs) if i.dies or k in replaced}
 
 
-def _placed_outputs(graph: StepGraph, outputs: Sequence[int], placer: Placer, values: Values) -> list[int]:
-    """The values to put out. What takes the place of a whole tensor is whole, as the next step expects it to be.
+def _placed_outputs(
+    graph: StepGraph, outputs: Sequence[int], placer: Placer, values: Values, arriving: Sequence[Arrival]
+) -> list[int]:
+    """The values to put out. What takes the place of a state lies as the next step expects it to.
 
     A single number is summed, since scripts read those (losses, counts, norms). Any other sum may stay in terms:
-    gradients, to which the next segment adds its own. Samples stay split.
+    gradients, to which the next segment adds its own. Samples stay split over devices; nothing stays in micro-batches.
     """
     origin = graph.nodes[-1].origin if graph.nodes else Origin("forward")
     found = []
     for id_, out in zip(outputs, graph.outputs, strict=True):
         id_ = placer.settled(id_)
-        taken_over = None if out.replaces is None else values.placement(graph.inputs[out.replaces].id)
-        one_number = values.types[id_].numel == 1
-        if one_number or isinstance(taken_over, Replicate):
-            id_ = placer.placed(id_, REPLICATE, origin)
-        found.append(id_)
+        taken_over = None if out.replaces is None else arriving[out.replaces]
+        if values.types[id_].numel == 1:
+            wanted = Placement()
+        elif taken_over is not None and not graph.inputs[out.replaces or 0].batch and not taken_over.wanted.partial:
+            wanted = taken_over.wanted
+        else:
+            wanted = _out_of_time(values.placement(id_), values.mesh)
+        found.append(placer.placed(id_, wanted, origin))
     return found
+
+
+def _out_of_time(placement: Placement, mesh: Mesh) -> Placement:
+    """`placement` with micro-batches joined and added up."""
+    shards = (without_time(s, mesh) for s in placement.shards)
+    return Placement(tuple(s for s in shards if s is not None), tuple(a for a in placement.partial if a != TIME))
 
 
 def _outputs_apart(

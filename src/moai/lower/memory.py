@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
-from moai.lower.operators import is_view
+from moai.lower.operators import STARTS, is_view
 from moai.lower.program import Instruction
 from moai.lower.values import Values
 
@@ -46,39 +46,97 @@ class Regions:
 
 
 def with_frees(code: Sequence[Instruction], kept: Collection[int]) -> list[Instruction]:
-    """`code` with what each instruction frees: what is used no more. `kept` stays: outputs, and what is borrowed."""
+    """`code` with what each instruction frees: what is used no more. `kept` stays: outputs, and what is borrowed.
+
+    What a loop uses from outside is freed at its end, since every pass uses it.
+    """
     needed = set(kept)
+    from_outside = _used_from_outside(code)
     out = []
-    for instruction in reversed(code):
-        touched = dict.fromkeys((*uses(instruction), *flat_ids(instruction.outs)))
+    for at in range(len(code) - 1, -1, -1):
+        instruction = code[at]
+        touched = from_outside.get(at) or dict.fromkeys((*uses(instruction), *flat_ids(instruction.outs)))
         frees = tuple(i for i in touched if i not in needed)
         needed.update(frees)
         out.append(replace(instruction, frees=frees) if frees else instruction)
     return out[::-1]
 
 
+def _used_from_outside(code: Sequence[Instruction]) -> dict[int, dict[int, None]]:
+    """For the end of each loop, by its position: values that the loop uses and does not make."""
+    found: dict[int, dict[int, None]] = {}
+    begin = None
+    for at, instruction in enumerate(code):
+        if instruction.op == "repeat":
+            begin = at
+        elif instruction.op == "end_repeat":
+            body = code[begin:at]
+            own = {o for i in body for o in flat_ids(i.outs)}
+            found[at] = dict.fromkeys(u for i in body for u in uses(i) if u not in own)
+            begin = None
+    return found
+
+
 def peak_bytes(code: Sequence[Instruction], inputs: Sequence[int], values: Values) -> int:
-    """The most that the largest device holds at any time, inputs included (workspaces inside kernels are not)."""
-    regions = Regions()
-    strided: set[int] = set()
-    freed: set[int] = set()
-    held = {i: values.local_bytes(i) for i in inputs}  # bytes by region
-    now = peak = sum(held.values())
-    for instruction in code:
-        if not _copies(instruction, strided):
-            regions.follow(instruction)
-        fresh = {o: _new_bytes(o, instruction, values) for o in flat_ids(instruction.outs) if regions.find(o) == o}
-        if instruction.op == "wait":  # the sums are views of the buffer that the handle stood for
-            (handle,) = uses(instruction)
-            now -= held.pop(handle)
-        held |= fresh
-        now += sum(fresh.values())
-        peak = max(peak, now)
-        freed.update(instruction.frees)
-        for region in {regions.find(i) for i in instruction.frees}:
-            if freed.issuperset(regions.members(region)):
-                now -= held.pop(region, 0)
-    return peak
+    """The most that the largest device holds at any time, inputs included (workspaces inside kernels are not).
+
+    The second pass of a loop, when its sums exist already, stands for all later ones.
+    """
+    ledger = _Ledger(inputs, values)
+    at, begin, passes = 0, 0, 0
+    while at < len(code):
+        instruction = code[at]
+        ledger.add(instruction)
+        if instruction.op == "repeat":
+            begin, passes = at, 0
+        elif instruction.op == "end_repeat" and passes == 0:
+            at, passes = begin, 1
+        at += 1
+    return ledger.peak
+
+
+class _Ledger:
+    """Bytes by region, and the most that they ever were."""
+
+    def __init__(self, inputs: Sequence[int], values: Values):
+        self._values = values
+        self._regions = Regions()
+        self._strided: set[int] = set()
+        self._freed: set[int] = set()
+        self._held = {i: values.local_bytes(i) for i in inputs}
+        self._now = self.peak = sum(self._held.values())
+
+    def add(self, instruction: Instruction) -> None:
+        if not _copies(instruction, self._strided):
+            self._regions.follow(instruction)
+        self._freed.difference_update(flat_ids(instruction.outs))  # made again in another pass
+        if instruction.op == "wait":  # its results are views of the buffer that the handle stood for
+            self._drop(next(uses(instruction)))
+        if instruction.op == "accumulate" and instruction.args[1] and instruction.outs not in self._held:
+            self._drop(self._regions.find(instruction.args[0].id))
+        for out in flat_ids(instruction.outs):
+            if self._regions.find(out) == out:
+                self._hold(out, self._new_bytes(out, instruction))
+        self.peak = max(self.peak, self._now)
+        self._freed.update(instruction.frees)
+        for region in {self._regions.find(i) for i in instruction.frees}:
+            if self._freed.issuperset(self._regions.members(region)):
+                self._drop(region)
+
+    def _hold(self, region: int, nbytes: int) -> None:
+        self._now += nbytes - self._held.get(region, 0)
+        self._held[region] = nbytes
+
+    def _drop(self, region: int) -> None:
+        self._now -= self._held.pop(region, 0)
+
+    def _new_bytes(self, out: int, instruction: Instruction) -> int:
+        values = self._values
+        if instruction.op in STARTS:
+            return values.bucket_bytes(out)
+        if instruction.op == "collect":
+            return values.local_bytes(instruction.args[0].id) * values.mesh.steps
+        return 0 if instruction.op == "take" else values.local_bytes(out)
 
 
 def _copies(instruction: Instruction, strided: set[int]) -> bool:
@@ -91,9 +149,3 @@ def _copies(instruction: Instruction, strided: set[int]) -> bool:
     if is_view(instruction.op):
         strided.update(flat_ids(instruction.outs))
     return False
-
-
-def _new_bytes(out: int, instruction: Instruction, values: Values) -> int:
-    if instruction.op == "all_reduce_start":
-        return sum(values.local_bytes(i) for i in uses(instruction))
-    return values.local_bytes(out)

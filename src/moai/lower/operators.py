@@ -12,7 +12,11 @@ from moai.lower.program import Instruction
 
 aten = torch.ops.aten
 
-COLLECTIVES = frozenset({"all_reduce", "all_reduce_start", "wait", "all_gather"})
+# The runtime's own instructions (see `program`).
+STARTS = frozenset({"all_reduce_start", "all_gather_start", "reduce_scatter_start"})
+COLLECTIVES = STARTS | {"all_reduce", "all_gather", "reduce_scatter"}
+LOOPS = frozenset({"repeat", "end_repeat", "accumulate", "collect", "take", "join"})
+BUILTINS = COLLECTIVES | LOOPS | {"wait", "micro_sum", "micro_join"}
 
 # Their results share memory with the argument although their schemas do not say so.
 _SILENT_VIEWS = frozenset(
@@ -38,7 +42,7 @@ def operator(name: str) -> torch._ops.OpOverload:
 @cache
 def is_view(name: str) -> bool:
     """Whether results may share memory with an argument."""
-    if name in COLLECTIVES:
+    if name in BUILTINS:
         return False
     if name in _SILENT_VIEWS:
         return True
@@ -66,7 +70,7 @@ class InPlace:
 @cache
 def in_place_form(name: str) -> InPlace | None:
     """The operator that differs from `name` only in that it writes its results over arguments, if there is one."""
-    if name in COLLECTIVES or is_view(name):
+    if name in BUILTINS or is_view(name):
         return None
     op = operator(name)
     space, packet, overload = name.split(".")

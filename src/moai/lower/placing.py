@@ -1,206 +1,310 @@
-"""Placement: every value of a graph is given its place on the devices, and every node becomes a local instruction.
+"""Placement: every value of a graph is given its place on the mesh, and every node becomes a local instruction.
 
-In: canonical nodes, the placements of the inputs. Out: straight-line instructions over local parts, with each
-change of placement spelled out. Decisions are made here, in one forward walk:
+In: canonical nodes, the placements of the inputs, and wishes for what is summed. Out: straight-line instructions over
+local parts, with each change of placement spelled out. Decisions are made here, in one forward walk:
 
-- A node runs split where its rule allows it and its inputs already lie that way; the split that moves fewest bytes
-  wins.
+- A node runs split where its rule allows it and its inputs already lie that way; over each axis the split that moves
+  fewest bytes wins.
 - A whole tensor that meets a split one takes its slice, which costs nothing. Of two that are split differently one is
   gathered.
-- A Partial waits behind linear operators and is summed once, when somebody needs its value.
+- What is left in terms waits behind linear operators and is summed once, when somebody needs its value: to the part
+  that is wished for, if any, else whole.
+- A sharded state is gathered where the layers use it, and stays sharded in the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard
+from moai.graph.placement import REPLICATE, TIME, Placement, Shard, split_evenly
 from moai.graph.rules import rule_of
 from moai.graph.rules.dims import (
-    PARTIAL,
-    REPLICATE,
     Call,
     Dims,
     Split,
-    argument_names,
     choose,
-    output_placement,
+    left_maximal,
+    left_partial,
+    placement_of,
     split_for,
 )
 from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.linear import adds_a_number, keeps_partial
-from moai.graph.rules.pointwise import broadcast
-from moai.graph.step_graph import Node, Origin, Ref, flat_ids, map_args
+from moai.graph.step_graph import Node, Origin, Ref, TensorType, flat_ids, map_args
 from moai.lower.decompose import decompose
+from moai.lower.lanes import Lane, lanes_of
+from moai.lower.localise import localised
+from moai.lower.moving import moved, next_placement
 from moai.lower.program import Instruction
-from moai.lower.values import Values, offsets, per_rank
+from moai.lower.values import Values
+from moai.plan.plan import Plan
 
 aten = torch.ops.aten
 
-_FOREACH_REDUCTIONS = frozenset({aten._foreach_norm.Scalar, aten._foreach_max.default})
+_NORMS = frozenset({aten._foreach_norm.Scalar})
+_CASTS = frozenset({aten._to_copy.default})
 
 
 class Placer:
-    """Turns nodes into `code`, one at a time. `notes` says which operators had to be computed whole."""
+    """Turns nodes into `code`, one at a time. `notes` says which operators had to be computed whole.
 
-    def __init__(self, values: Values, n_devices: int):
+    stored: states that are spread over the plan's `shard_axis`. wishes: the shard that a value should become where it
+    is summed over that shard's axis. remade: values to be made again in each pass of the loop over micro-batches.
+    """
+
+    def __init__(self, values: Values, plan: Plan, stored: set[int], wishes: Mapping[int, tuple[Shard, ...]]):
         self.code: list[Instruction] = []
         self.notes: list[str] = []
+        self.remade: set[int] = set()
         self._values = values
-        self._n = n_devices
-        self._elsewhere: dict[tuple[int, Placement], int] = {}  # (value, placement) -> the value placed so
+        self._plan = plan
+        self.stored = stored
+        self._wishes = wishes
+        self._batch_axes = tuple(a for a in plan.batch_axes if a in values.mesh.sizes)
+        self._elsewhere: dict[
+            tuple[int, Placement, Hashable], int
+        ] = {}  # (value, placement, use) -> the value so placed
+        self._sums: dict[int, int] = {}  # values left in terms -> their sum
+        self._begun: dict[int, int] = {}  # inputs -> what the nodes use in their stead
         self._constants: dict[int, Node] = {}  # values made from numbers alone, by their node
         self._noted: set[str] = set()
+
+    def begin(self, id_: int, wanted: Placement) -> None:
+        """Have the nodes use input `id_`, which has been placed, in placement `wanted`."""
+        if self._values.placement(id_) != wanted:
+            self._begun[id_] = self.placed(id_, wanted, Origin("forward"))
 
     def add(self, node: Node) -> None:
         """Emit `node`, whose inputs have been placed."""
         call = Call(node, self._values.types)
         self._remember(call)
-        if self._n == 1:
+        if not self._values.mesh.axes:
             return self._emit(node, call.input_ids, [REPLICATE] * len(call.outputs))
         self._refuse_private_randomness(call)
-        rewritten = decompose(call, self._placements(call), self._values)
-        if rewritten is not None:
-            for part in rewritten:
-                self.add(part)
-            return None
-        if node.op.name().startswith("aten::_foreach_"):
-            lanes = _lanes(node)
-            if lanes is not None:
-                return self._add_lanes(call, lanes)
+        lanes = lanes_of(node)
+        if lanes is not None:
+            return self._add_lanes(call, lanes)
         return self._add_whole(call)
 
-    def placed(self, id_: int, placement: Placement, origin: Origin) -> int:
-        """Value `id_` in `placement`; emitted at most once."""
-        if self._values.placement(id_) == placement:
+    def placed(self, id_: int, wanted: Placement, origin: Origin, use: Hashable = None) -> int:
+        """Value `id_` in placement `wanted`; emitted at most once for each `use`."""
+        if self._at(id_) == wanted:
             return id_
-        key = (id_, placement)
-        if key not in self._elsewhere:
-            self._elsewhere[key] = self._moved(id_, placement, origin)
-        return self._elsewhere[key]
+        made = self._made_in_part(id_, wanted)
+        found = id_
+        while made is None and self._at(found) != wanted:
+            step = next_placement(self._at(found), wanted, self._values.mesh)
+            key = (id_, step, use)
+            if key not in self._elsewhere:
+                self._elsewhere[key], code = moved(self._values, found, step, origin.where)
+                self.code += code
+                if use is not None:
+                    self.remade.add(self._elsewhere[key])
+            found = self._elsewhere[key]
+        return found if made is None else made
 
     def settled(self, id_: int) -> int:
         """Value `id_` as its sum where that has been taken already, else as it is."""
-        return self._elsewhere.get((id_, REPLICATE), id_) if isinstance(self._at(id_), Partial) else id_
+        id_ = self._begun.get(id_, id_)
+        return self._sums.get(id_, id_)
+
+    # -- what a node is given
+
+    def _used(self, id_: int, node: Node) -> int:
+        """The value that stands for `id_` in `node`: gathered, if it is a sharded state, or one micro-batch of it."""
+        id_ = self.settled(id_)
+        if node.origin.phase == "optimizer":
+            return id_
+        if id_ in self.stored:
+            return id_ if node.op in _CASTS else self._gathered(id_, node.origin)
+        if TIME in self._batch_axes:
+            return self._in_micro_batches(id_, node.origin)
+        return id_
+
+    def _gathered(self, id_: int, origin: Origin) -> int:
+        """A state as the layers use it; where it is dropped after use, the backward gathers it anew."""
+        now = self._at(id_)
+        whole = replace(now, shards=tuple(s for s in now.shards if self._plan.shard_axis not in s.axes))
+        return self.placed(id_, whole, origin, origin.phase if self._plan.distribute_low_prec_param else None)
+
+    def _in_micro_batches(self, id_: int, origin: Origin) -> int:
+        now = self._at(id_)
+        outer = self._batch_axes[:-1]
+        for shard in now.shards:
+            if shard.axes == outer and outer:
+                return self.placed(id_, _refined(now, shard, self._values.mesh.steps), origin)
+        return id_
+
+    def _summed(self, id_: int, keep: Sequence[str], origin: Origin) -> int:
+        """Value `id_` summed over all axes that it is left in terms over, but for `keep`."""
+        now = self._at(id_)
+        open_ = [a for a in now.partial if a not in keep]
+        if not open_:
+            return id_
+        taken = {a for s in now.shards for a in s.axes}
+        split = {s.dim for s in now.shards}
+        shards = list(now.shards)
+        for wish in self._wishes.get(id_, ()):
+            if set(wish.axes) <= set(open_) - taken and wish.dim not in split:
+                shards.append(wish)
+        wanted = Placement(tuple(sorted(shards, key=lambda s: s.dim)), tuple(a for a in now.partial if a in keep))
+        found = self.placed(id_, wanted, origin)
+        if not wanted.partial:
+            self._sums[id_] = found
+        return found
 
     # -- one node
 
     def _add_whole(self, call: Call) -> None:
-        """A node that is split, if at all, in one way."""
-        node = call.node
-        ids = [self.settled(i) for i in call.input_ids]
-        if self._stays_partial(call, ids):
-            return self._emit(node, ids, [PARTIAL] * len(call.outputs))
-        ids = [self._summed(i, node.origin) for i in ids]
+        """A node whose tensors are split together, if at all."""
+        node, origin = call.node, call.node.origin
+        ids = [self._used(i, node) for i in call.input_ids]
+        stays = self._stays_partial(call.op, call.inputs, call.outputs, ids, adds_a_number(call))
+        ids = [self._summed(i, stays, origin) for i in ids]
         placements = [self._at(i) for i in ids]
+        rewritten = decompose(call, placements, self._values)
+        if rewritten is not None:
+            for part in rewritten:
+                self.add(part)
+            return None
         dims = self._dims(call)
-        split = None if dims is None else choose(dims, call.inputs, call.outputs, placements)
-        if dims is None or split is None:
-            if any(isinstance(p, Shard) for p in placements):
+        splits = () if dims is None else choose(dims, call.inputs, call.outputs, placements)
+        if dims is None or not splits:
+            if any(p.shards for p in placements):
                 self._note(call)
-            ids = [self.placed(i, REPLICATE, node.origin) for i in ids]
-            return self._emit(node, ids, [REPLICATE] * len(call.outputs))
-        ids = [self.placed(i, split.placement(f), node.origin) for i, f in zip(ids, dims.inputs, strict=True)]
-        outputs = [output_placement(f, split) for f in dims.outputs]
-        return self._emit(_localised(node, dims, split), ids, outputs)
+            ids = [self.placed(i, Placement((), self._at(i).partial), origin) for i in ids]
+            return self._emit(node, ids, [Placement((), stays)] * len(call.outputs))
+        ids = [
+            self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
+            for i, f in zip(ids, dims.inputs, strict=True)
+        ]
+        self._emit_split(localised(node, dims, splits), ids, dims, splits, stays)
+        return None
+
+    def _emit_split(
+        self, node: Node, ids: Sequence[int], dims: Dims, splits: tuple[Split, ...], stays: tuple[str, ...]
+    ) -> None:
+        outputs = [
+            placement_of(f, splits, self._in_order({*stays, *left_partial(dims, f, splits)})) for f in dims.outputs
+        ]
+        maximal = [left_maximal(dims, f, splits) for f in dims.outputs]
+        if any(maximal):
+            self._emit_maximum(node, ids, outputs[0], maximal[0])
+        else:
+            self._emit(node, ids, outputs)
+
+    def _emit_maximum(self, node: Node, ids: Sequence[int], placement: Placement, axes: tuple[str, ...]) -> None:
+        """The maximum over each device's part, and then over devices."""
+        assert TIME not in axes, "the batch is not maximised over in parts"
+        values = self._values
+        own = values.new(values.type(node.outs))
+        self._emit(replace(node, outs=own), ids, [placement])
+        values.place(node.outs, placement)
+        shapes = (values.local_shape(own),)
+        args = (Ref(own), self._in_order(set(axes)), "max")
+        self.code.append(Instruction("all_reduce", args, {}, node.outs, (), shapes, node.origin.where))
 
     def _dims(self, call: Call) -> Dims | None:
         into_zeros = INTO_ZEROS.get(call.op)
         rule = into_zeros if into_zeros and self._values.is_zero(call["self"].id) else rule_of(call.op)
         return None if rule is None else rule(call)
 
-    def _stays_partial(self, call: Call, ids: Sequence[int]) -> bool:
-        partial = [isinstance(self._at(i), Partial) for i in ids]
-        return (
-            any(partial)
-            and not any(isinstance(self._at(i), Shard) for i in ids)
-            and not adds_a_number(call)
-            and keeps_partial(call.op, call.inputs, call.outputs, partial)
+    def _stays_partial(
+        self,
+        op: torch._ops.OpOverload,
+        inputs: Sequence[TensorType],
+        outputs: Sequence[TensorType],
+        ids: Sequence[int],
+        adds_a_number: bool = False,
+    ) -> tuple[str, ...]:
+        """The axes over which the operator may be applied to every term."""
+        placements = [self._at(i) for i in ids]
+        axes = {a for p in placements for a in p.partial}
+        if not axes or adds_a_number:
+            return ()
+        split = {a for p in placements for a in p.split_axes}
+        return self._in_order(
+            {a for a in axes - split if keeps_partial(op, inputs, outputs, [a in p.partial for p in placements])}
         )
 
-    def _summed(self, id_: int, origin: Origin) -> int:
-        return self.placed(id_, REPLICATE, origin) if isinstance(self._at(id_), Partial) else id_
+    def _in_order(self, axes: set[str]) -> tuple[str, ...]:
+        return tuple(a for a, _ in self._values.mesh.axes if a in axes) if axes else ()
 
-    # -- foreach: the elements of the lists are independent of each other
+    # -- lists of tensors whose elements are independent of each other
 
-    def _add_lanes(self, call: Call, lanes: tuple[list[int], list[list[int]]]) -> None:
-        """`lanes`: positions in `call.inputs` of tensors that every element shares, and of each element's own."""
-        node = call.node
-        shared, each = lanes
-        ids = [self.settled(i) for i in call.input_ids]
+    def _add_lanes(self, call: Call, lanes: Sequence[Lane]) -> None:
+        node, origin = call.node, call.node.origin
+        ids = [self._used(i, node) for i in call.input_ids]
+        shared = set(range(len(ids))) - {p for lane in lanes for p in lane.inputs}
         for p in shared:
-            ids[p] = self.placed(ids[p], REPLICATE, node.origin)
-        outputs: list[Placement] = []
-        for k, positions in enumerate(each):
-            lane, placement = self._lane(call, [ids[p] for p in positions], [ids[p] for p in shared], k)
-            for p, id_ in zip(positions, lane, strict=True):
+            ids[p] = self.placed(self._summed(ids[p], (), origin), REPLICATE, origin)
+        outputs: list[Placement] = [REPLICATE] * len(call.outputs)
+        if call.op in _NORMS:
+            ids = [self._summed(i, (), origin) for i in ids]
+            if any(self._at(i).shards for i in ids):
+                self._add_norms(node, ids)
+                return
+        for lane in lanes:
+            own = self._lane(call, lane, [ids[p] for p in lane.inputs], [ids[p] for p in shared], outputs)
+            for p, id_ in zip(lane.inputs, own, strict=True):
                 ids[p] = id_
-            outputs.append(placement)
         self._emit(node, ids, outputs)
 
-    def _lane(self, call: Call, own: list[int], shared: list[int], k: int) -> tuple[list[int], Placement]:
-        """How one element's tensors are to lie, and where its result does."""
-        origin, out = call.node.origin, call.outputs[k]
-        partial = [isinstance(self._at(i), Partial) for i in (*own, *shared)]
-        split = any(isinstance(self._at(i), Shard) for i in own)
-        types = [self._values.type(i) for i in (*own, *shared)]
-        if any(partial) and not split and keeps_partial(call.op, types, [out], partial):
-            return own, PARTIAL
-        own = [self._summed(i, origin) for i in own]
-        if split and call.op not in _FOREACH_REDUCTIONS:
-            dims = Dims(tuple(broadcast(t, out) for t in types[: len(own)]), (tuple(range(len(out.shape))),))
-            chosen = choose(dims, types[: len(own)], [out], [self._at(i) for i in own])
-            if chosen is not None:
-                lane = [self.placed(i, chosen.placement(f), origin) for i, f in zip(own, dims.inputs, strict=True)]
-                return lane, output_placement(dims.outputs[0], chosen)
-        return [self.placed(i, REPLICATE, origin) for i in own], REPLICATE
+    def _lane(self, call: Call, lane: Lane, own: list[int], shared: list[int], outputs: list[Placement]) -> list[int]:
+        """How one element's tensors are to lie; notes in `outputs` where its results do."""
+        origin = call.node.origin
+        types = [self._values.type(i) for i in own]
+        results = [call.outputs[k] for k in lane.outputs]
+        both = [*own, *shared]
+        stays = self._stays_partial(call.op, [self._values.type(i) for i in both], results, both)
+        own = [self._summed(i, stays, origin) for i in own]
+        dims = lane.dims(types, results)
+        splits = () if dims is None else choose(dims, types, results, [self._at(i) for i in own])
+        if dims is None or not splits:
+            own = [self.placed(i, Placement((), self._at(i).partial), origin) for i in own]
+            for k in lane.outputs:
+                outputs[k] = Placement((), stays)
+            return own
+        for k, factors in zip(lane.outputs, dims.outputs, strict=True):
+            outputs[k] = placement_of(factors, splits, stays)
+        return [
+            self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
+            for i, f in zip(own, dims.inputs, strict=True)
+        ]
+
+    def _add_norms(self, node: Node, ids: Sequence[int]) -> None:
+        """Norms of tensors some of which lie in parts: one by one, so that each can be a sum over its parts."""
+        order = node.args[1] if len(node.args) > 1 else 2
+        for id_, out in zip(ids, node.outs, strict=True):
+            norm = aten.linalg_vector_norm.default
+            self.add(Node(norm, (Ref(id_), order), {"dtype": node.kwargs.get("dtype")}, out, node.origin))
 
     # -- changing a value's placement
 
-    def _moved(self, id_: int, placement: Placement, origin: Origin) -> int:
-        now = self._at(id_)
-        if isinstance(now, Replicate) and isinstance(placement, Shard):
-            made = self._made_in_part(id_, placement)
-            return self._slice(id_, placement, origin) if made is None else made
-        if isinstance(now, Shard) and isinstance(placement, Replicate):
-            return self._collective("all_gather", (Ref(id_), now.dim, now.sizes), id_, origin)
-        if isinstance(now, Partial) and isinstance(placement, Replicate):
-            return self._collective("all_reduce", (Ref(id_),), id_, origin)
-        assert isinstance(placement, Shard), f"%{id_} is asked to become {placement} from {now}"
-        return self.placed(self.placed(id_, REPLICATE, origin), placement, origin)
-
-    def _collective(self, name: str, args: tuple[Any, ...], id_: int, origin: Origin) -> int:
-        out = self._values.new(self._values.type(id_), REPLICATE)
-        self.code.append(Instruction(name, args, {}, out, (), (self._values.local_shape(out),), origin.where))
-        return out
-
-    def _slice(self, id_: int, shard: Shard, origin: Origin) -> int:
-        out = self._values.new(self._values.type(id_), shard)
-        begin, end = offsets(shard.sizes), offsets(shard.sizes, ends=True)
-        args = (Ref(id_), shard.dim, per_rank(begin), per_rank(end))
-        shapes = (self._values.local_shape(out),)
-        self.code.append(Instruction(str(aten.slice.Tensor), args, {}, out, (), shapes, origin.where))
-        return out
-
-    def _made_in_part(self, id_: int, shard: Shard) -> int | None:
+    def _made_in_part(self, id_: int, wanted: Placement) -> int | None:
         """A value made from numbers alone: every device makes its own part, rather than a slice of the whole."""
+        key = (id_, wanted, None)
         node = self._constants.get(id_)
-        if node is None or not isinstance(node.outs, int):
-            return None
+        if key in self._elsewhere or node is None or self._at(id_) != REPLICATE or not isinstance(node.outs, int):
+            return self._elsewhere.get(key)
         call = Call(node, self._values.types)
         dims = self._dims(call)
-        split = None if dims is None else split_for(dims.outputs[0], shard)
-        if dims is None or split is None:
+        if dims is None:
             return None
+        splits = tuple(split_for(dims.outputs[0], s) for s in wanted.shards)
+        if any(s is None or (s.blocks > 1 and dims.starts) for s in splits):
+            return None
+        chosen = tuple(s for s in splits if s is not None)
         ids = [
-            self.placed(i, split.placement(f), node.origin) for i, f in zip(call.input_ids, dims.inputs, strict=True)
+            self.placed(i, placement_of(f, chosen), node.origin)
+            for i, f in zip(call.input_ids, dims.inputs, strict=True)
         ]
-        out = self._values.new(self._values.type(id_))
-        local = _localised(node, dims, split)
-        self._emit(Node(local.op, local.args, local.kwargs, out, node.origin), ids, [shard])
+        out = self._elsewhere[key] = self._values.new(self._values.type(id_))
+        local = localised(node, dims, chosen)
+        self._emit(Node(local.op, local.args, local.kwargs, out, node.origin), ids, [wanted])
         return out
 
     def _remember(self, call: Call) -> None:
@@ -218,6 +322,8 @@ class Placer:
         outs = list(flat_ids(node.outs))
         for out, placement in zip(outs, outputs, strict=True):
             self._values.place(out, placement)
+        if node.op in _CASTS and ids[0] in self.stored and node.origin.phase != "optimizer":
+            self.stored.update(outs)
         replaced = iter(ids)
         args, kwargs = map_args(
             (node.args, node.kwargs), lambda leaf: Ref(next(replaced)) if isinstance(leaf, Ref) else leaf
@@ -227,9 +333,6 @@ class Placer:
 
     def _at(self, id_: int) -> Placement:
         return self._values.placement(id_)
-
-    def _placements(self, call: Call) -> list[Placement]:
-        return [self._at(i) for i in call.input_ids]
 
     def _note(self, call: Call) -> None:
         """Say once for each operator that it is computed whole on every device."""
@@ -248,60 +351,8 @@ class Placer:
             )
 
 
-def _lanes(node: Node) -> tuple[list[int], list[list[int]]] | None:
-    """Positions, among a foreach node's tensors, of those shared by all elements and of each element's own."""
-    outs = node.outs if isinstance(node.outs, tuple) else ()
-    shared: list[int] = []
-    each: list[list[int]] = [[] for _ in outs]
-    at = 0
-    for arg in (*node.args, *node.kwargs.values()):
-        tensors = [arg] if isinstance(arg, Ref) else list(_only_refs(arg))
-        if isinstance(arg, Ref):
-            shared.append(at)
-        elif len(tensors) == len(outs):
-            for k in range(len(outs)):
-                each[k].append(at + k)
-        elif tensors:
-            return None
-        at += len(tensors)
-    return (shared, each) if outs and all(isinstance(o, int) for o in outs) else None
-
-
-def _only_refs(arg: Any) -> Iterator[Ref]:
-    if isinstance(arg, (tuple, list)):
-        yield from (a for a in arg if isinstance(a, Ref))
-
-
-def _localised(node: Node, dims: Dims, split: Split) -> Node:
-    """`node` with the arguments that repeat lengths, or say where a part begins, following the split."""
-    if not dims.sizes and not dims.starts:
-        return node
-    args = list(node.args)
-    kwargs = dict(node.kwargs)
-    names = argument_names(node.op)
-
-    def change(name: str, new: Any) -> None:
-        if name in kwargs:
-            kwargs[name] = new(kwargs[name])
-        else:
-            args[names.index(name)] = new(args[names.index(name)])
-
-    def lengths(entries: tuple[Any, ...]) -> Any:
-        local = [split.lengths(e) for e in entries]
-
-        def one(value: Any, sizes: tuple[int, ...] | None) -> Any:
-            return value if sizes is None else per_rank(sizes)
-
-        def new(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return tuple(one(v, sizes) for v, sizes in zip(value, (*local, *[None] * len(value)), strict=False))
-            return one(value, local[0])
-
-        return new
-
-    for name, entries in dims.sizes.items():
-        change(name, lengths(entries))
-    for name, factor in dims.starts.items():
-        if factor == split.factor:
-            change(name, lambda start: per_rank(tuple(start + o for o in offsets(split.sizes))))
-    return Node(node.op, tuple(args), kwargs, node.outs, node.origin)
+def _refined(now: Placement, shard: Shard, steps: int) -> Placement:
+    """`now` with `shard`, over the outer batch axes, split further into `steps` micro-batches."""
+    sizes = tuple(part for size in shard.sizes for part in split_evenly(size, steps))
+    fine = Shard(shard.dim, (*shard.axes, TIME), sizes, shard.blocks)
+    return replace(now, shards=tuple(fine if s is shard else s for s in now.shards))

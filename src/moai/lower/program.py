@@ -2,18 +2,36 @@
 
 In: emitted by `lower`. Out: shipped to and run by `runtime`.
 
-A Program is the same object on every device (SPMD). Numbers that differ from device to device are `PerRank`,
-and are resolved to the device's own number when the program is loaded.
+A Program is the same object on every device (SPMD). Numbers that depend on where a device is in the mesh, or on the
+pass of the loop, are `PerRank`, and are resolved when the program is loaded.
 
 Instructions name operators by their qualified name: "aten.mm.default" and "moai.sdpa.default" are torch operators
-(`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own collectives, listed below.
+(`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own, listed below.
 Instructions may mutate: in-place variants stand where the old value is dead. `frees` lists values whose last use it is.
 
-Collectives (x is a Ref; all are issued by every device in program order):
-    all_reduce(x)                   -> sum over devices, a fresh tensor
-    all_reduce_start(xs)            -> handle; xs (tuple of Refs, one dtype) are reduced together in the background
-    wait(handle)                    -> tuple of the sums, in the order and shapes of the start's xs
-    all_gather(x, dim, sizes)       -> parts of `sizes` along `dim`, concatenated
+Collectives go over mesh axes, named in `axes` (a tuple, never with "micro"): a device's peers are those that differ
+from it on these axes alone, in the order of `Mesh.index(axes, ...)`. All peers issue them in program order. x is a Ref,
+xs a tuple of Refs of one dtype; dim, sizes and blocks are those of the Shard (over `axes`) that is gathered or made.
+
+    all_reduce(x, axes, kind)                           kind "sum" or "max"; a fresh tensor
+    all_gather(x, axes, dim, sizes, blocks)             the peers' parts joined; a fresh tensor
+    reduce_scatter(x, axes, dim, sizes, blocks)         this device's part of the sum; a fresh tensor
+    all_reduce_start(xs, axes)                -> handle the xs are summed together in the background
+    all_gather_start(xs, axes, cuts)          -> handle cuts: one (dim, sizes, blocks) for each of the xs
+    reduce_scatter_start(xs, axes, cuts)      -> handle
+    wait(handle)                              -> tuple of results, in the order of the start's xs
+
+The loop over micro-batches. The instructions between repeat and its end_repeat run `mesh.steps` times; what a pass
+defines is gone after it, but for what the instructions below hand on. There are no loops inside of loops.
+
+    repeat()
+    end_repeat()
+    accumulate(x, owned)                      -> total: x in the first pass, then x is added to it in place. `owned`:
+                                                 the memory of x is nobody else's, so the first pass may keep x itself
+    collect(x)                                -> list of every pass's x (its memory is not copied: nobody overwrites
+                                                 what shares memory with x)
+    take(list)                                -> in a later loop: this pass's entry, which leaves the list
+    join(list, dim)                           -> behind the loop: the entries concatenated; the list is gone
 """
 
 from __future__ import annotations
@@ -21,18 +39,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moai.graph.placement import Placement
+from moai.graph.placement import Mesh, Placement
 from moai.graph.step_graph import TensorType
 
 
 @dataclass(frozen=True, slots=True)
 class PerRank:
-    """One number a device."""
+    """One number for each coordinate over `axes` (`Mesh.index`)."""
 
+    axes: tuple[str, ...]
     values: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return f"<{'|'.join(map(str, self.values))}>"
+        return f"<{','.join(self.axes)}: {'|'.join(map(str, self.values))}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +70,8 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A buffer that enters or leaves a program: value id, global type, how it lies on the devices.
+    """A buffer that enters or leaves a program: value id, global type, how it lies on the devices (never split over
+    "micro").
 
     For an output, `replaces` is the index of the input buffer that it takes over (the same local tensor, if
     the program wrote in place). For an input, `donated` allows the program to overwrite or free it.
@@ -66,14 +86,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`name` is unique in a process and short; `n_devices` is the size of the mesh axis "dp".
+    """`name` is unique in a process and short.
 
     `peak_bytes` is the predicted peak of one device (the largest over devices) for everything the program touches: its
     inputs, temporaries and outputs; `resident_bytes` is the part of it that are inputs.
     """
 
     name: str
-    n_devices: int
+    mesh: Mesh
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
     n_scalars: int
@@ -83,7 +103,7 @@ class Program:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = f"program {self.name} on {self.n_devices} device(s), peak {self.peak_bytes / 2**20:.1f} MiB"
+        head = f"program {self.name} on mesh ({self.mesh}), peak {self.peak_bytes / 2**20:.1f} MiB"
         ins = ", ".join(f"%{s.id}:{s.type}@{s.placement}" for s in self.inputs)
         outs = ", ".join(f"%{s.id}:{s.type}@{s.placement}" for s in self.outputs)
         body = "\n".join(f"  {i.outs} = {i.op}({i.args}, {i.kwargs})  free {i.frees}" for i in self.instructions)

@@ -1,4 +1,4 @@
-"""The values of a program under construction: global types, and how each lies on the devices."""
+"""The values of a program under construction: global types, and how each lies on the mesh."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from moai.graph.placement import Placement, Shard
+from moai.graph.placement import TIME, Mesh, Placement, Shard
 from moai.graph.step_graph import TensorType
 from moai.lower.program import PerRank
 
@@ -14,10 +14,12 @@ from moai.lower.program import PerRank
 class Values:
     """Types and placements by value id. Ids below the graph's number of values are the graph's own."""
 
-    def __init__(self, types: tuple[TensorType, ...]):
+    def __init__(self, types: tuple[TensorType, ...], mesh: Mesh):
+        self.mesh = mesh
         self.types = dict(enumerate(types))
         self._placements: dict[int, Placement] = {}
         self._zeros: set[int] = set()
+        self._buckets: dict[int, int] = {}
         self._next = len(types)
 
     def new(self, type_: TensorType | None = None, placement: Placement | None = None) -> int:
@@ -46,29 +48,46 @@ class Values:
         """Whether the value is known to hold nothing but zeros."""
         return id_ in self._zeros
 
+    def new_bucket(self, nbytes: int) -> int:
+        """A fresh id for the handle of a collective whose results take `nbytes`."""
+        id_ = self.new()
+        self._buckets[id_] = nbytes
+        return id_
+
+    def bucket_bytes(self, handle: int) -> int:
+        return self._buckets[handle]
+
+    def varies(self, id_: int) -> bool:
+        """Whether the value is another one in each pass of the loop over micro-batches."""
+        placement = self._placements.get(id_)
+        return placement is not None and (TIME in placement.partial or TIME in placement.split_axes)
+
     def local_shape(self, id_: int) -> tuple[Any, ...]:
-        """The shape of every device's part; the split dim is PerRank where devices differ."""
-        return local_shape(self.types[id_].shape, self._placements[id_])
+        """The shape of every device's part; a length is PerRank where devices or passes differ."""
+        return local_lengths(self.types[id_].shape, self._placements[id_])
 
     def local_bytes(self, id_: int) -> int:
         """The size of the largest device's part."""
-        type_ = self.types[id_]
-        placement = self._placements[id_]
-        if not isinstance(placement, Shard):
-            return type_.nbytes
-        rest = math.prod(s for d, s in enumerate(type_.shape) if d != placement.dim)
-        return rest * max(placement.sizes) * type_.dtype.itemsize
+        return largest_part(self.types[id_], self._placements[id_])
+
+
+def largest_part(type_: TensorType, placement: Placement) -> int:
+    """Bytes of a tensor on the device that holds most of it."""
+    shape = list(type_.shape)
+    for shard in placement.shards:
+        shape[shard.dim] = max(shard.sizes) * shard.blocks
+    return math.prod(shape) * type_.dtype.itemsize
 
 
 @lru_cache(maxsize=4096)
-def per_rank(values: tuple[int, ...]) -> int | PerRank:
-    """One number a device; just the number where all agree."""
-    return values[0] if len(set(values)) == 1 else PerRank(values)
+def per_rank(axes: tuple[str, ...], values: tuple[int, ...]) -> int | PerRank:
+    """One number for each coordinate over `axes`; just the number where all agree."""
+    return values[0] if len(set(values)) == 1 else PerRank(axes, values)
 
 
 @lru_cache(maxsize=4096)
 def offsets(sizes: tuple[int, ...], ends: bool = False) -> tuple[int, ...]:
-    """Where each device's part begins (or ends) when parts of `sizes` follow each other."""
+    """Where each part begins (or ends) when parts of `sizes` follow each other."""
     found, at = [], 0
     for size in sizes:
         found.append(at + size if ends else at)
@@ -76,8 +95,32 @@ def offsets(sizes: tuple[int, ...], ends: bool = False) -> tuple[int, ...]:
     return tuple(found)
 
 
-def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[Any, ...]:
-    if not isinstance(placement, Shard):
+@lru_cache(maxsize=4096)
+def within(fine: tuple[int, ...], coarse: tuple[int, ...], ends: bool = False) -> tuple[int, ...]:
+    """Where each of the parts of `fine` sizes begins (or ends) inside of the part of `coarse` sizes that it lies in.
+    Each coarse part is made of equally many fine ones."""
+    each = len(fine) // len(coarse)
+    begins = offsets(coarse)
+    return tuple(at - begins[k // each] for k, at in enumerate(offsets(fine, ends)))
+
+
+@lru_cache(maxsize=4096)
+def joined(fine: tuple[int, ...], n_coarse: int) -> tuple[int, ...]:
+    """The sizes of `n_coarse` parts each of which is made of equally many of the `fine` ones."""
+    each = len(fine) // n_coarse
+    return tuple(sum(fine[k : k + each]) for k in range(0, len(fine), each))
+
+
+@lru_cache(maxsize=1 << 14)
+def local_lengths(shape: tuple[int, ...], placement: Placement) -> tuple[Any, ...]:
+    if not placement.shards:
         return shape
-    d = placement.dim
-    return (*shape[:d], per_rank(placement.sizes), *shape[d + 1 :])
+    found: list[Any] = list(shape)
+    for shard in placement.shards:
+        found[shard.dim] = length_of(shard)
+    return tuple(found)
+
+
+def length_of(shard: Shard) -> int | PerRank:
+    """The local length of a split dim."""
+    return per_rank(shard.axes, tuple(s * shard.blocks for s in shard.sizes))

@@ -1,19 +1,91 @@
 """Plan: how one StepGraph is spread over an accelerator's devices.
 
-In: the number of devices of the accelerator. Out: read by `lower`.
+In: chosen by the session, or forced by the user. Out: read by `lower`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from moai.graph.placement import TIME, Mesh
+
+Recompute = Literal["none", "default", "full"]
+Precision = Literal["fp32", "bf16", "fp64"]
+
+_LEVELS = {"none": "none(0)", "default": "default(1)", "full": "full(2)"}  # of recomputation, as the log names them
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`dp`: how many devices share the global batch; every one holds all parameters and optimizer states."""
+    """`dp` devices share the batch, each in `micro` parts one after another; `tp` devices share every layer's matrices;
+    `pp` stages share the layers. dp * tp * pp devices in all.
 
-    dp: int
+    recompute: which activations the backward pass computes again ("default": some, "full": all but layers' inputs).
+    distribute_param: parameters, gradients and optimizer states are sharded over dp (over groups of `shard` of its
+    devices, if that is given); distribute_low_prec_param: what the layers compute with, too.
+    precision: that of matrix products; None leaves the script's own.
+    """
 
-    def __post_init__(self) -> None:
-        if self.dp < 1:
-            raise ValueError(f"a plan needs at least one device, got dp={self.dp}")
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    micro: int = 1
+    recompute: Recompute = "none"
+    distribute_param: bool = False
+    distribute_low_prec_param: bool = False
+    precision: Precision | None = None
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        """The text that `plan.parse` makes this plan of: dp, and what is not as usual."""
+        chosen = [f.name for f in fields(self) if f.name == "dp" or getattr(self, f.name) != f.default]
+        return ",".join(f"{key}={_text(getattr(self, key))}" for key in chosen)
+
+    @property
+    def line(self) -> str:
+        """The plan as the log and the list of jobs show it."""
+        parts = [
+            "No PP" if self.pp == 1 else f"num_stages : {self.pp}",
+            "No TP" if self.tp == 1 else f"tp : {self.tp}",
+            f"dp : {self.dp}",
+            f"num_micro_batches : {self.micro}",
+            f"recomputation : {_LEVELS[self.recompute]}",
+            f"distribute_param : {_text(self.distribute_param)}",
+            f"distribute_low_prec_param : {_text(self.distribute_low_prec_param)}",
+        ]
+        if self.precision is not None:
+            parts.append(f"precision : {self.precision}")
+        if self.shard is not None:
+            parts.append(f"shard : {self.shard}")
+        return ", ".join(parts)
+
+    @property
+    def n_devices(self) -> int:
+        """How many devices the plan is for."""
+        return self.dp * self.tp * self.pp
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes that share the batch, outermost first."""
+        return tuple(name for name, _ in self.mesh.axes if name != "tp")
+
+    @property
+    def shard_axis(self) -> str:
+        """The mesh axis that sharded states are spread over."""
+        return "dp" if self.shard in (None, self.dp) else "dp_shard"
+
+    @property
+    def mesh(self) -> Mesh:
+        """Axes of one device are left out."""
+        if self.shard_axis == "dp":
+            data = [("dp", self.dp)]
+        else:
+            assert self.shard is not None
+            data = [("dp_replicate", self.dp // self.shard), ("dp_shard", self.shard)]
+        axes = [*data, ("tp", self.tp), (TIME, self.micro)]
+        return Mesh(tuple((name, size) for name, size in axes if size > 1))
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-import moai.graph.ops  # noqa: F401  (registers torch.ops.moai, which the tables name)
+import moai.graph.ops
+import moai.graph.part_ops  # noqa: F401  (they register torch.ops.moai, which the tables name)
 from moai.graph.rules import factories, indexing, matmul, nn, pointwise, reductions, views
 from moai.graph.rules.dims import Rule
 

@@ -1,11 +1,12 @@
 """The vocabulary of the rules: what an operator does with each dim of its tensors, in factors.
 
 A *factor* is a loop of the operator: `mm` has m, k and n. A rule names, for each tensor, the factor that every dim
-runs over. Splitting a factor over the devices splits each dim that runs over it, and nothing else; that is all a device
-needs to know to compute its part alone. A dim without a factor (None) cannot be split.
+runs over. Splitting a factor over mesh axes splits each dim that runs over it, and nothing else; that is all a device
+needs to know to compute its part alone. Several factors may be split at once, over different axes. A dim without a
+factor (None) cannot be split.
 
-In: a `Call`, one operator with its arguments by name and its global types. Out: `Dims`, and from `choose` the factor
-that fits how the inputs already lie.
+In: a `Call`, one operator with its arguments by name and its global types. Out: `Dims`, and from `choose` the splits
+that fit how the inputs already lie.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from typing import Any
 
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard
+from moai.graph.placement import TIME, Placement, Shard
 from moai.graph.step_graph import Node, Ref, TensorType, flat_ids, refs
-
-REPLICATE = Replicate()
-PARTIAL = Partial()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,15 @@ class Unit:
     size: int
 
 
-DimFactors = tuple[Any, ...]  # an entry a dim: a factor's name (any hashable), a Unit, or None
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A dim of `blocks` equal runs, each of which runs over `factor`: query, key and value side by side."""
+
+    factor: Hashable
+    blocks: int
+
+
+DimFactors = tuple[Any, ...]  # an entry a dim: a factor's name (any other hashable), a Unit, a Blocked, or None
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Dims:
     """What each dim of an operator's tensors runs over.
 
     `inputs`: one entry for each tensor argument, in order; `outputs`: one for each tensor returned.
-    `summed`: factors that the operator sums over; split, they leave a Partial in outputs that do not run over them.
+    `summed`: factors that the operator sums over; split, they leave terms in outputs that do not run over them.
+    `maxed`: factors that it takes the maximum over; split, the maximum over devices is to be taken of such outputs.
     `sizes`: arguments that repeat lengths of dims, with the factor of each entry: they follow the split.
     `starts`: integer arguments that say where along a factor a device's part begins, with the factor.
     """
@@ -48,32 +55,44 @@ class Dims:
     inputs: tuple[DimFactors, ...]
     outputs: tuple[DimFactors, ...]
     summed: frozenset[Hashable] = frozenset()
+    maxed: frozenset[Hashable] = frozenset()
     sizes: dict[str, DimFactors] = field(default_factory=dict)
     starts: dict[str, Hashable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One factor, cut in `sizes[r]` steps for device r."""
+    """One factor cut over `axes`, outermost first: coordinate c over them takes `sizes[c]` steps. With `blocks` > 1 the
+    factor is that many equal runs, each cut so."""
 
     factor: Hashable
+    axes: tuple[str, ...]
     sizes: tuple[int, ...]
+    blocks: int = 1
 
-    def lengths(self, entry: Any) -> tuple[int, ...] | None:
-        """Every device's length of a dim that runs over `entry`, or None if the split leaves it whole."""
-        factor, unit = _unit(entry)
-        return scaled(self.sizes, unit) if entry is not None and factor == self.factor else None
+    def shard(self, dim: int, entry: Any) -> Shard | None:
+        """How a dim that runs over `entry` lies, or None if the split leaves it whole."""
+        if entry is None:
+            return None
+        factor, unit, blocks = _parts(entry)
+        if factor != self.factor:
+            return None
+        return Shard(dim, self.axes, scaled(self.sizes, unit), self.blocks * blocks)
 
     def runs_over(self, dims: DimFactors) -> bool:
-        return any(self.lengths(entry) is not None for entry in dims)
+        return any(entry is not None and _parts(entry)[0] == self.factor for entry in dims)
 
-    def placement(self, dims: DimFactors) -> Placement:
-        """How a tensor whose dims run over `dims` lies: Replicate if none of them runs over the factor."""
-        for d, entry in enumerate(dims):
-            lengths = self.lengths(entry)
-            if lengths is not None:
-                return Shard(d, lengths)
-        return REPLICATE
+
+Splits = tuple[Split, ...]
+
+
+def placement_of(dims: DimFactors, splits: Splits, partial: tuple[str, ...] = ()) -> Placement:
+    """How a tensor whose dims run over `dims` lies under `splits`."""
+    shards = []
+    for d, entry in enumerate(dims):
+        if entry is not None:
+            shards += [s for split in splits if (s := split.shard(d, entry)) is not None]
+    return Placement(tuple(shards), partial)
 
 
 class Call:
@@ -142,8 +161,16 @@ def steps(sizes: tuple[int, ...], unit: int) -> tuple[int, ...] | None:
     return sizes if unit == 1 else tuple(s // unit for s in sizes)
 
 
-def _unit(entry: Any) -> tuple[Hashable, int]:
-    return (entry.factor, entry.size) if isinstance(entry, Unit) else (entry, 1)
+def _parts(entry: Any) -> tuple[Hashable, int, int]:
+    """Factor, entries a step, blocks."""
+    if isinstance(entry, Unit):
+        return entry.factor, entry.size, 1
+    return (entry.factor, 1, entry.blocks) if isinstance(entry, Blocked) else (entry, 1, 1)
+
+
+def factor_of(entry: Any) -> Hashable:
+    """The factor that a dim with this entry runs over (None: none)."""
+    return None if entry is None else _parts(entry)[0]
 
 
 def split_for(dims: DimFactors, shard: Shard) -> Split | None:
@@ -151,35 +178,64 @@ def split_for(dims: DimFactors, shard: Shard) -> Split | None:
     entry = dims[shard.dim]
     if entry is None:
         return None
-    factor, unit = _unit(entry)
+    factor, unit, blocks = _parts(entry)
+    if shard.blocks % blocks or (blocks > 1 and TIME in shard.axes):
+        return None
     sizes = steps(shard.sizes, unit)
-    return None if sizes is None else Split(factor, sizes)
+    return None if sizes is None else Split(factor, shard.axes, sizes, shard.blocks // blocks)
 
 
 def choose(
     dims: Dims, inputs: Sequence[TensorType], outputs: Sequence[TensorType], placements: Sequence[Placement]
-) -> Split | None:
-    """The split that leaves most bytes of the inputs where they are, or None: everything is to be replicated.
+) -> Splits:
+    """The splits that leave most bytes of the inputs where they are; empty: everything is to be whole.
 
-    `placements`: how the inputs lie now, in order; none is Partial.
+    `placements`: how the inputs lie now, in order.
     """
     votes: dict[Split, int] = {}
     for factors, type_, placement in zip(dims.inputs, inputs, placements, strict=True):
-        if isinstance(placement, Shard):
-            split = split_for(factors, placement)
-            if split is not None and _legal(dims, outputs, split):
+        for shard in placement.shards:
+            split = split_for(factors, shard)
+            if split is not None and legal(dims, outputs, split):
                 votes[split] = votes.get(split, 0) + type_.nbytes
-    return max(votes, key=lambda s: votes[s]) if votes else None
+    if len(votes) < 2:
+        return tuple(votes)
+    return _compatible(votes)
 
 
-def _legal(dims: Dims, outputs: Sequence[TensorType], split: Split) -> bool:
-    """Whether every output either runs over the factor or is an ordinary sum over it."""
+def _compatible(votes: dict[Split, int]) -> Splits:
+    """The heaviest splits that can go together: a factor is cut once, an axis cuts once."""
+    chosen: list[Split] = []
+    # A finer cut of the same parts comes first: the coarser one is brought to it for nothing.
+    finer = {s: any(_refines(f, s) for f in votes) for s in votes}
+    for split in sorted(votes, key=lambda s: (finer[s], -votes[s])):
+        if all(c.factor != split.factor and not set(c.axes) & set(split.axes) for c in chosen):
+            chosen.append(split)
+    return tuple(chosen)
+
+
+def _refines(fine: Split, coarse: Split) -> bool:
+    n = len(coarse.axes)
+    return fine.factor == coarse.factor and len(fine.axes) > n and fine.axes[:n] == coarse.axes
+
+
+def legal(dims: Dims, outputs: Sequence[TensorType], split: Split) -> bool:
+    """Whether every output either runs over the factor or is an ordinary sum, or a maximum, over it."""
+    if split.factor in dims.starts.values() and split.blocks > 1:
+        return False
     return all(
-        split.runs_over(factors) or (split.factor in dims.summed and type_.dtype != torch.bool)
+        split.runs_over(factors)
+        or (split.factor in dims.summed and type_.dtype != torch.bool)
+        or (split.factor in dims.maxed and TIME not in split.axes)
         for factors, type_ in zip(dims.outputs, outputs, strict=True)
     )
 
 
-def output_placement(factors: DimFactors, split: Split) -> Placement:
-    """How an output lies after a split: its part, or its term of the sum."""
-    return split.placement(factors) if split.runs_over(factors) else PARTIAL
+def left_partial(dims: Dims, factors: DimFactors, splits: Splits) -> tuple[str, ...]:
+    """The axes over which an output with `factors` is left in terms (not those it is a maximum over)."""
+    return tuple(a for s in splits if not s.runs_over(factors) and s.factor not in dims.maxed for a in s.axes)
+
+
+def left_maximal(dims: Dims, factors: DimFactors, splits: Splits) -> tuple[str, ...]:
+    """The axes over which the maximum of an output with `factors` is to be taken."""
+    return tuple(a for s in splits if not s.runs_over(factors) and s.factor in dims.maxed for a in s.axes)

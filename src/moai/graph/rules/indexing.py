@@ -9,6 +9,7 @@ from moai.graph.rules.views import along
 from moai.graph.step_graph import Ref
 
 aten = torch.ops.aten
+moai = torch.ops.moai
 
 
 def embedding(call: Call) -> Dims:
@@ -21,6 +22,18 @@ def embedding_dense_backward(call: Call) -> Dims | None:
     # Scaling by frequency counts every index of the batch: no part knows them all.
     summed = frozenset() if call["scale_grad_by_freq"] else frozenset(lead)
     return Dims(((*lead, "h"), lead), ((None, "h"),), summed=summed)
+
+
+def part_of_embedding(call: Call) -> Dims:
+    lead = tuple(range(len(call.inputs[1].shape)))
+    return Dims((("v", "h"), lead), ((*lead, "h"),), summed=frozenset("v"), starts={"start": "v"})
+
+
+def part_of_embedding_backward(call: Call) -> Dims:
+    lead = tuple(range(len(call.inputs[1].shape)))
+    inputs = (*lead, "h"), lead
+    sizes = {"num_weights": ("v",)}
+    return Dims(inputs, (("v", "h"),), summed=frozenset(lead), sizes=sizes, starts={"start": "v"})
 
 
 def gather(call: Call) -> Dims:
@@ -149,6 +162,8 @@ INTO_ZEROS: dict[torch._ops.OpOverload, Rule] = {
 RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.embedding.default: embedding,
     aten.embedding_dense_backward.default: embedding_dense_backward,
+    moai.embedding.default: part_of_embedding,
+    moai.embedding_backward.default: part_of_embedding_backward,
     **dict.fromkeys(
         (
             aten.gather.default,

@@ -6,11 +6,11 @@ Their samples are independent: every rule splits the batch, and a weight's gradi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from moai.graph.rules.dims import Call, DimFactors, Dims, Rule
-from moai.graph.rules.pointwise import broadcast
+from moai.graph.rules.dims import Call, DimFactors, Dims, Rule, Unit
 from moai.graph.rules.views import along
 from moai.graph.step_graph import TensorType
 
@@ -102,23 +102,73 @@ def by_sample(call: Call) -> Dims:
 
 
 def attention(call: Call) -> Dims:
-    """Scaled dot-product attention by its leading dims; heads stay whole, as queries may share them."""
-    rank = len(call.type_of(call["q"]).shape)
-    lead = rank - 3 if rank > 3 else 0
-    out = TensorType(call.type_of(call["q"]).shape[:lead], torch.float32)
+    """Scaled dot-product attention by its leading dims and its heads.
 
-    def dims(tensor: TensorType) -> DimFactors:
-        shape = tensor.shape[:lead]
-        return (*broadcast(TensorType(shape, tensor.dtype), out), *(None,) * (len(tensor.shape) - lead))
+    Query heads that share a key head stay together; a single key head is whole everywhere, and its gradient is a sum.
+    """
+    query, key = call.type_of(call["q"]).shape, call.type_of(call["k"]).shape
+    rank = len(query)
+    if rank < 4:
+        lead = (0,) if rank == 3 else ()
+        return _attention(call, lead, None, None)
+    lead = tuple(range(rank - 3))
+    heads, kv_heads = query[-3], key[-3]
+    if heads == kv_heads:
+        return _attention(call, lead, "h", "h")
+    if kv_heads == 1:
+        return _attention(call, lead, "h", None)
+    return _attention(call, lead, Unit("h", heads // kv_heads), "h")
 
-    def mask_dims(tensor: TensorType) -> DimFactors:
-        """A mask is broadcast: it may have fewer leading dims."""
-        own = max(len(tensor.shape) - (rank - lead), 0)
-        ahead = broadcast(TensorType(tensor.shape[:own], tensor.dtype), out)
-        return (*ahead, *(None,) * (len(tensor.shape) - own))
 
-    inputs = tuple(mask_dims(t) if n == "mask" else dims(t) for n, t in zip(call.input_names, call.inputs, strict=True))
-    return Dims(inputs, tuple(map(dims, call.outputs)))
+def _attention(call: Call, lead: tuple[int, ...], of_query: Any, of_key: Any) -> Dims:
+    query = call.type_of(call["q"]).shape
+    headed = len(query) >= 4
+
+    def dims(name: str, tensor: TensorType) -> DimFactors:
+        trailing = len(query) - len(lead) - (name == "lse")
+        own = max(len(tensor.shape) - trailing, 0)  # a mask is broadcast, and may have fewer dims
+        sizes = zip(lead[len(lead) - own :], tensor.shape, strict=False)
+        ahead = tuple(f if size == query[f] else None for f, size in sizes)
+        rest: list[Any] = [None] * (len(tensor.shape) - own)
+        if headed and len(rest) == trailing:
+            rest[0] = of_key if name in ("k", "v", "dk", "dv") else of_query
+            if name == "mask" and tensor.shape[own] == 1:
+                rest[0] = None
+        return (*ahead, *rest)
+
+    inputs = tuple(map(dims, call.input_names, call.inputs))
+    names = ("out", "lse") if call.op is moai.sdpa.default else ("dq", "dk", "dv")
+    present = [n for n, o in zip(names, call.node.outs, strict=True) if o is not None]
+    outputs = tuple(map(dims, present, call.outputs))
+    return Dims(inputs, outputs, summed=frozenset("h") if of_key is None else frozenset())
+
+
+def repeat_heads(call: Call) -> Dims:
+    rank = len(call.inputs[0].shape)
+    rest = tuple(range(2, rank))
+    return Dims(((0, None, *rest),), ((0, "h", *rest),), sizes={"n_heads": ("h",)}, starts={"start": "h"})
+
+
+def sum_heads(call: Call) -> Dims:
+    rank = len(call.inputs[0].shape)
+    rest = tuple(range(2, rank))
+    return Dims(((0, "h", *rest),), ((0, None, *rest),), summed=frozenset("h"), starts={"start": "h"})
+
+
+def part_of_class_loss(call: Call) -> Dims:
+    inputs = _inputs(call, {"self": ("n", "c"), "target": ("n",)})
+    out = ("n",) if call.outputs[0].shape else ()
+    return Dims(inputs, (out,), summed=frozenset({"n", "c"}), starts={"start": "c"})
+
+
+def class_weight(call: Call) -> Dims:
+    return Dims(_inputs(call, {"target": ("n",)}), ((),), summed=frozenset("n"))
+
+
+def part_of_class_loss_backward(call: Call) -> Dims:
+    grad = ("n",) if call.type_of(call["grad"]).shape else ()
+    inputs = _inputs(call, {"grad": grad, "target": ("n",)})
+    return Dims(inputs, (("n", "c"),), sizes={"size": ("n", "c")}, starts={"start": "c"})
 
 
 def class_loss(call: Call) -> Dims | None:
@@ -193,6 +243,11 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.native_batch_norm_backward.default: batch_norm_backward,
     **dict.fromkeys(_SAMPLEWISE, by_sample),
     **dict.fromkeys((moai.sdpa.default, moai.sdpa_backward.default), attention),
+    moai.repeat_heads.default: repeat_heads,
+    moai.sum_heads.default: sum_heads,
+    moai.class_loss.default: part_of_class_loss,
+    moai.class_weight.default: class_weight,
+    moai.class_loss_backward.default: part_of_class_loss_backward,
     **dict.fromkeys((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), class_loss),
     **dict.fromkeys((aten.nll_loss_backward.default, aten.nll_loss2d_backward.default), class_loss_backward),
 }

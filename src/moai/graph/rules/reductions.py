@@ -1,6 +1,7 @@
-"""Rules of reductions. A sum over a split dim leaves a Partial; any other reduction needs its dims whole.
+"""Rules of reductions.
 
-Means over split dims are taken apart by `lower` (a sum, divided by the global count) before they get here.
+A sum over a split dim is left in terms; of a maximum, the maximum over devices is taken. Any other reduction needs its
+dims whole. Means over split dims are taken apart by `lower` (a sum, divided by the global count) before they get here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def sum_(call: Call) -> Dims:
     return Dims((tuple(range(rank)),), (_kept(call, rank, gone),), summed=frozenset(gone))
 
 
+def maximum(call: Call) -> Dims:
+    rank, gone = len(call.inputs[0].shape), reduced_dims(call)
+    return Dims((tuple(range(rank)),), (_kept(call, rank, gone),), maxed=frozenset(gone))
+
+
 def _kept(call: Call, rank: int, gone: tuple[int, ...]) -> tuple[int | None, ...]:
     if call.args.get("keepdim"):
         return tuple(None if d in gone else d for d in range(rank))
@@ -38,7 +44,7 @@ _SUMS = (aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.count
          aten.count_nonzero.dim_IntList)  # fmt: skip
 
 _OTHERS = (
-    aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default, aten.aminmax.default,
+    aten.mean.default, aten.mean.dim, aten.amin.default, aten.aminmax.default,
     aten.max.default, aten.max.dim, aten.min.default, aten.min.dim, aten.argmax.default, aten.argmin.default,
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
     aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
@@ -46,4 +52,8 @@ _OTHERS = (
     aten.var_mean.correction, aten.std_mean.correction, aten.median.dim, aten.mode.default,
 )  # fmt: skip
 
-RULES: dict[torch._ops.OpOverload, Rule] = dict.fromkeys(_SUMS, sum_) | dict.fromkeys(_OTHERS, reduction)
+RULES: dict[torch._ops.OpOverload, Rule] = {
+    **dict.fromkeys(_SUMS, sum_),
+    **dict.fromkeys(_OTHERS, reduction),
+    aten.amax.default: maximum,
+}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moai.graph.rules.dims import Call, DimFactors, Dims, Rule, Unit
+from moai.graph.rules.dims import Blocked, Call, DimFactors, Dims, Rule, Unit
 from moai.graph.rules.pointwise import broadcast
 
 aten = torch.ops.aten
@@ -107,6 +107,21 @@ def along(call: Call) -> Dims:
     return Dims((free,) * len(call.inputs), (free,) * len(call.outputs))
 
 
+def split(call: Call) -> Dims:
+    """Equal runs may be split all alike: fused projections are cut so."""
+    rank = len(call.inputs[0].shape)
+    at = call.dims("dim", rank)[0]
+    lengths = {t.shape[at] for t in call.outputs}
+    plain = along(call)
+    if len(lengths) > 1 or len(call.outputs) * call.outputs[0].shape[at] != call.inputs[0].shape[at]:
+        return plain
+    whole, part = list(plain.inputs[0]), list(plain.outputs[0])
+    whole[at], part[at] = Blocked(at, len(call.outputs)), at
+    argument = "split_size" if "split_size" in call.args else "split_sizes"
+    sizes = {argument: (at,) * (1 if argument == "split_size" else len(call.outputs))}
+    return Dims((tuple(whole),), (tuple(part),) * len(call.outputs), sizes=sizes)
+
+
 def slice_(call: Call) -> Dims:
     if call.inputs[0].shape == call.outputs[0].shape and call["step"] == 1:
         own = _own(len(call.inputs[0].shape))
@@ -124,7 +139,11 @@ def drop(call: Call) -> Dims:
 
 def cat(call: Call) -> Dims:
     rank = len(call.outputs[0].shape)
-    free = _without(_own(rank), call.dims("dim", rank)[0])
+    at = call.dims("dim", rank)[0]
+    if len(call.inputs) > 1 and len({t.shape for t in call.inputs}) == 1 and len(call.inputs[0].shape) == rank:
+        own = _own(rank)
+        return Dims((own,) * len(call.inputs), ((*own[:at], Blocked(at, len(call.inputs)), *own[at + 1 :]),))
+    free = _without(_own(rank), at)
     # Legacy: an empty [0] tensor may stand among tensors of any rank.
     return Dims(tuple(free if len(t.shape) == rank else (None,) * len(t.shape) for t in call.inputs), (free,))
 
@@ -196,10 +215,10 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
             aten.split_with_sizes.default,
             aten.unsafe_split.Tensor,
             aten.unsafe_split_with_sizes.default,
-            aten.slice_scatter.default,
         ),
-        along,
+        split,
     ),
+    aten.slice_scatter.default: along,
     **dict.fromkeys((aten.select.int, aten.unbind.int), drop),
     aten.cat.default: cat,
     aten.stack.default: stack,

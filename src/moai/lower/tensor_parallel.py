@@ -1,0 +1,3 @@
+"""stub"""
+def tensor_parallel(nodes, types, inputs, plan):
+    return nodes, types, {}
