@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard, split_evenly
-from moai.graph.step_graph import Ref, Scalar, TensorType
-from moai.lower.program import Instruction, PerRank, Program
+from moai.graph.placement import REPLICATE, Placement, Shard, split_evenly
+from moai.graph.step_graph import Ref, Scalar
+from moai.lower.program import PerRank, Program
 from moai.runtime.accelerator import Accelerator
 from moai.runtime.transport import pieces
-from tests.runtime.programs import cpus, f32, increment, op, program, slot
+from tests.lower import lockstep
+from tests.runtime.programs import TERMS, cpus, each, f32, increment, mesh, op, program, put, slot, split
 
 OfSize = Callable[[int], Accelerator]
 sizes = pytest.mark.parametrize("n", [1, 2, 3])
@@ -26,13 +27,13 @@ sizes = pytest.mark.parametrize("n", [1, 2, 3])
 def test_what_is_uploaded_is_read_back(accelerator: OfSize, n: int, placement: str) -> None:
     x = torch.randn(7, 5)
     lies: dict[str, Placement] = {
-        "replicate": Replicate(),
-        "partial": Partial(),
-        "rows": Shard(0, split_evenly(7, n)),
-        "columns": Shard(1, split_evenly(5, n)),
-        "on the last device only": Shard(0, (0,) * (n - 1) + (7,)),
+        "replicate": REPLICATE,
+        "partial": TERMS,
+        "rows": split(0, split_evenly(7, n)),
+        "columns": split(1, split_evenly(5, n)),
+        "on the last device only": split(0, (0,) * (n - 1) + (7,)),
     }
-    assert torch.equal(accelerator(n).read(accelerator(n).upload(x, lies[placement])), x)
+    assert torch.equal(accelerator(n).read(put(accelerator(n), x, lies[placement])), x)
 
 
 @pytest.mark.parametrize(
@@ -42,27 +43,59 @@ def test_what_is_uploaded_is_read_back(accelerator: OfSize, n: int, placement: s
 )  # fmt: skip
 def test_every_dtype_travels(accelerator: OfSize, dtype: torch.dtype) -> None:
     x = torch.randint(0, 2, (4, 3)).to(dtype)
-    back = accelerator(2).read(accelerator(2).upload(x, Shard(0, (1, 3))))
+    back = accelerator(2).read(put(accelerator(2), x, split(0, (1, 3))))
     assert back.dtype == dtype and torch.equal(back.view(torch.uint8), x.view(torch.uint8))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,)])
 def test_scalars_and_empty_tensors_travel(accelerator: OfSize, shape: tuple[int, ...]) -> None:
     x = torch.ones(shape)
-    assert torch.equal(accelerator(2).read(accelerator(2).upload(x, Replicate())), x)
+    assert torch.equal(accelerator(2).read(put(accelerator(2), x)), x)
+
+
+GRID = mesh(dp=2, tp=2)
+OVER_TWO_DIMS = Placement((Shard(0, ("dp",), (4, 3)), Shard(1, ("tp",), (1, 2), blocks=2)))
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        split(0, (1, 0, 4, 2), "dp", "tp"),
+        split(1, (1, 2, 3, 0), "tp", "dp"),
+        split(1, (2, 1), "tp", blocks=2),
+        OVER_TWO_DIMS,
+        Placement(partial=("dp", "tp")),
+        Placement((Shard(1, ("dp",), (1, 1), blocks=3),), partial=("tp",)),
+    ],
+    ids=str,
+)
+def test_a_placement_may_name_several_axes(accelerator: OfSize, lies: Placement) -> None:
+    x = torch.randn(7, 6)
+    assert torch.equal(accelerator(4).read(put(accelerator(4), x, lies, GRID)), x)
+
+
+def test_a_part_is_that_of_the_devices_coordinate(accelerator: OfSize) -> None:
+    a, x = accelerator(4), torch.arange(12.0).reshape(2, 6)
+    lies = split(1, (1, 2), "tp", blocks=2)  # device 0 has columns 0 and 3, device 1 has 1, 2, 4 and 5; so have 2 and 3
+    width = PerRank(("tp",), (2, 4))
+    mine = op("aten.select.int", Ref(0), 0, PerRank(("dp",), (0, 1)), outs=1, shapes=((width,),))
+    of_all = split(0, (2, 4, 2, 4), "dp", "tp")
+    p = program(GRID, [slot(0, f32(2, 6), lies)], [slot(1, f32(12), of_all)], mine)
+    (y,) = a.run(p, [put(a, x, lies, GRID)], [])
+    assert a.read(y).tolist() == [0, 3, 1, 2, 4, 5, 6, 9, 7, 8, 10, 11]
 
 
 def test_large_and_strided_tensors_travel(accelerator: OfSize) -> None:
     x = torch.randn(1500, 4000)[:, ::2].t()
-    for placement in (Replicate(), Shard(0, (1999, 1)), Shard(1, (700, 800))):
-        assert torch.equal(accelerator(2).read(accelerator(2).upload(x, placement)), x)
+    for placement in (REPLICATE, split(0, (1999, 1)), split(1, (700, 800))):
+        assert torch.equal(accelerator(2).read(put(accelerator(2), x, placement)), x)
 
 
 def test_a_tensor_may_change_after_its_upload(accelerator: OfSize) -> None:
     a = accelerator(2)
     for n in (4, 1 << 20):
         x = torch.zeros(n)
-        buffer = a.upload(x, Replicate())
+        buffer = put(a, x)
         x.fill_(1)
         assert a.read(buffer).sum() == 0
 
@@ -75,8 +108,8 @@ def test_strided_tensors_are_sent_with_small_copies_only() -> None:
 
 
 def test_a_split_that_does_not_fit_is_refused(accelerator: OfSize) -> None:
-    with pytest.raises(ValueError, match=r"shape \[4\] cannot be split along dim 0 in parts of \(2, 3\)"):
-        accelerator(2).upload(torch.ones(4), Shard(0, (2, 3)))
+    with pytest.raises(ValueError, match=r"shape \[4\] cannot be split along dim 0 over dp .* parts of \(2, 3\)"):
+        put(accelerator(2), torch.ones(4), split(0, (2, 3)))
 
 
 # Runs.
@@ -84,71 +117,18 @@ def test_a_split_that_does_not_fit_is_refused(accelerator: OfSize) -> None:
 
 @sizes
 def test_each_device_computes_on_its_part(accelerator: OfSize, n: int) -> None:
-    x, rows = torch.randn(7, 2), Shard(0, split_evenly(7, n))
+    x, rows = torch.randn(7, 2), split(0, split_evenly(7, n))
     p = program(n, [slot(0, f32(7, 2), rows)], [slot(1, f32(7, 2), rows)], op("aten.exp.default", Ref(0), outs=1))
     a = accelerator(n)
-    (y,) = a.run(p, [a.upload(x, rows)], [])
+    (y,) = a.run(p, [put(a, x, rows)], [])
     assert torch.equal(a.read(y), x.exp())
-
-
-def collective(n: int, dtype: torch.dtype, local: torch.Tensor, out: tuple[int, ...], *body: Instruction) -> Program:
-    """A program whose value 1 is `local` times (rank + 1), and whose result is value 2."""
-    given = slot(0, TensorType(tuple(local.shape), dtype))
-    scale = op("aten.mul.Scalar", Ref(0), PerRank(tuple(range(1, n + 1))), outs=1)
-    return program(n, [given], [slot(2, TensorType(out, dtype))], scale, *body)
-
-
-@sizes
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8]
-)
-def test_all_reduce_sums_over_devices(accelerator: OfSize, n: int, dtype: torch.dtype) -> None:
-    x = torch.arange(6).reshape(2, 3).to(dtype)
-    p = collective(n, dtype, x, (3, 2), op("aten.t.default", Ref(1), outs=3), op("all_reduce", Ref(3), outs=2))
-    a = accelerator(n)
-    for _ in range(2):
-        (y,) = a.run(p, [a.upload(x, Replicate())], [])
-        assert torch.equal(a.read(y), x.t() * sum(range(1, n + 1)))
-
-
-@sizes
-def test_a_started_reduction_keeps_order_and_shapes(accelerator: OfSize, n: int) -> None:
-    x = torch.randn(2, 3)
-    p = program(
-        n,
-        [slot(0, f32(2, 3))],
-        [slot(4, f32(2, 3)), slot(5, f32(3, 2)), slot(6, f32())],
-        op("aten.t.default", Ref(0), outs=1),
-        op("aten.sum.default", Ref(0), outs=2),
-        op("all_reduce_start", (Ref(0), Ref(1), Ref(2)), outs=3, frees=(1, 2)),
-        op("wait", Ref(3), outs=(4, 5, 6), frees=(3,), shapes=((2, 3), (3, 2), ())),
-    )
-    a = accelerator(n)
-    for _ in range(2):
-        outs = a.run(p, [a.upload(x, Replicate())], [])
-        for out, term in zip(outs, (x, x.t(), x.sum()), strict=True):
-            torch.testing.assert_close(a.read(out), term * n)
-
-
-@sizes
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int16])
-def test_all_gather_concatenates_uneven_parts(accelerator: OfSize, n: int, dim: int, dtype: torch.dtype) -> None:
-    x = torch.randint(0, 2, (7, 5)).to(dtype)
-    type = TensorType((7, 5), dtype)
-    parts = {1: ((7,), (5,)), 2: ((5, 2), (0, 5)), 3: ((3, 4, 0), (1, 1, 3))}[n][dim]
-    gather = op("all_gather", Ref(0), dim, parts, outs=1, shapes=((7, 5),))
-    p = program(n, [slot(0, type, Shard(dim, parts))], [slot(1, type)], gather)
-    a = accelerator(n)
-    (y,) = a.run(p, [a.upload(x, Shard(dim, parts))], [])
-    assert torch.equal(a.read(y), x)
 
 
 @sizes
 def test_a_donated_input_is_updated_in_place_and_consumed(accelerator: OfSize, n: int) -> None:
-    a, type, rows = accelerator(n), f32(6, 2), Shard(0, split_evenly(6, n))
+    a, type, rows = accelerator(n), f32(6, 2), split(0, split_evenly(6, n))
     p = increment(n, type, rows)
-    first = a.upload(torch.zeros(6, 2), rows)
+    first = put(a, torch.zeros(6, 2), rows)
     (second,) = a.run(p, [first], [])
     (third,) = a.run(p, [second], [])
     assert torch.equal(a.read(third), torch.full((6, 2), 2.0))
@@ -161,7 +141,7 @@ def test_a_donated_input_is_updated_in_place_and_consumed(accelerator: OfSize, n
 def test_an_input_that_is_kept_can_be_used_again(accelerator: OfSize) -> None:
     a = accelerator(2)
     p = program(2, [slot(0, f32(2))], [slot(1, f32(2))], op("aten.neg.default", Ref(0), outs=1))
-    x = a.upload(torch.ones(2), Replicate())
+    x = put(a, torch.ones(2))
     for _ in range(3):
         assert a.read(a.run(p, [x], [])[0]).tolist() == [-1, -1]
 
@@ -176,16 +156,68 @@ def test_scalars_travel_with_each_run(accelerator: OfSize) -> None:
 
 def test_partial_results_are_summed_when_read(accelerator: OfSize) -> None:
     a = accelerator(3)
-    full = op("aten.full.default", (2,), PerRank((1, 10, 100)), outs=0, dtype=torch.float32)
-    (y,) = a.run(program(3, [], [slot(0, f32(2), Partial())], full), [], [])
+    full = op("aten.full.default", (2,), each(1, 10, 100), outs=0, dtype=torch.float32)
+    (y,) = a.run(program(3, [], [slot(0, f32(2), TERMS)], full), [], [])
     assert a.read(y).tolist() == [111, 111]
+
+
+def test_terms_and_parts_are_put_together_when_read(accelerator: OfSize) -> None:
+    a = accelerator(4)
+    lies = Placement((Shard(0, ("tp",), (1, 2)),), partial=("dp",))
+    local = (PerRank(("tp",), (1, 2)),)
+    full = op("aten.full.default", local, PerRank(("dp", "tp"), (1, 2, 10, 20)), outs=0, dtype=torch.float32)
+    (y,) = a.run(program(GRID, [], [slot(0, f32(3), lies)], full), [], [])
+    assert a.read(y).tolist() == [11, 22, 22]
+
+
+def test_a_loop_over_micro_batches_runs_on_every_device(accelerator: OfSize) -> None:
+    """Each device has rows of its own, in passes of uneven length: the sum over all is that of the whole batch."""
+    a, on = accelerator(2), mesh(dp=2, micro=3)
+    first, last, n = (PerRank(("dp", "micro"), v) for v in ((0, 2, 3, 0, 1, 2), (2, 3, 4, 1, 2, 3), (2, 1, 1, 1, 1, 1)))
+    rows = split(0, (4, 3))
+    p = program(
+        on,
+        [slot(0, f32(7, 2), rows)],
+        [slot(6, f32(7, 2), rows), slot(7, f32(2))],
+        op("repeat"),
+        op("aten.slice.Tensor", Ref(0), 0, first, last, outs=1, shapes=((n, 2),)),
+        op("aten.sum.dim_IntList", Ref(1), (0,), outs=2),
+        op("accumulate", Ref(2), True, outs=3, frees=(2,)),
+        op("aten.mul.Scalar", Ref(1), 2, outs=4, frees=(1,)),
+        op("collect", Ref(4), outs=5, frees=(4,)),
+        op("end_repeat"),
+        op("join", Ref(5), 0, outs=6, frees=(5,)),
+        op("all_reduce", Ref(3), ("dp",), "sum", outs=7, frees=(3,)),
+    )
+    x = torch.randn(7, 2)
+    for _ in range(2):
+        doubled, total = a.run(p, [put(a, x, rows)], [])
+        assert torch.equal(a.read(doubled), x * 2)
+        assert torch.equal(a.read(total), lockstep.run(p, [x])[1])
+        torch.testing.assert_close(a.read(total), x.sum(0))
+
+
+def test_a_buffer_outlives_the_number_of_micro_batches(accelerator: OfSize) -> None:
+    a, rows = accelerator(2), split(0, (2, 2))
+    x = put(a, torch.ones(4), rows, mesh(dp=2, micro=4))
+    p = program(
+        mesh(dp=2, micro=2), [slot(0, f32(4), rows)], [slot(1, f32(4), rows)], op("aten.neg.default", Ref(0), outs=1)
+    )
+    assert a.read(a.run(p, [x], [])[0]).tolist() == [-1] * 4
+
+
+def test_a_mesh_of_another_number_of_devices_is_refused(accelerator: OfSize) -> None:
+    with pytest.raises(ValueError, match=r"mesh \(dp=2, tp=2\) is of 4 device\(s\), the accelerator has 2"):
+        put(accelerator(2), torch.ones(2), on=GRID)
 
 
 def test_inputs_that_do_not_suit_the_program_are_refused(accelerator: OfSize) -> None:
     a = accelerator(2)
     p = increment(2, f32(4))
-    with pytest.raises(ValueError, match=r"input 0 .* float32\[4\]@R, but was given Buffer\(float32\[4\]@S0\)"):
-        a.run(p, [a.upload(torch.ones(4), Shard(0, (2, 2)))], [])
+    with pytest.raises(
+        ValueError, match=r"input 0 .* float32\[4\]@R on .*, but was given Buffer\(float32\[4\]@S0\(dp\)"
+    ):
+        a.run(p, [put(a, torch.ones(4), split(0, (2, 2)))], [])
     with pytest.raises(ValueError, match=r"= \(2, 1, 0\), but was given \(2, 0, 0\)"):
         a.run(p, [], [])
 
@@ -194,13 +226,13 @@ def test_one_buffer_cannot_be_given_twice_where_it_may_be_overwritten(accelerato
     a = accelerator(2)
     both = [slot(0, f32(2), donated=True), slot(1, f32(2))]
     p = program(2, both, [slot(0, f32(2), replaces=0)], op("aten.add_.Tensor", Ref(0), Ref(1)))
-    x = a.upload(torch.ones(2), Replicate())
+    x = put(a, torch.ones(2))
     with pytest.raises(ValueError, match="one buffer twice"):
         a.run(p, [x, x], [])
 
 
 def test_buffers_of_another_accelerator_are_refused(accelerator: OfSize) -> None:
-    x = accelerator(1).upload(torch.ones(2), Replicate())
+    x = put(accelerator(1), torch.ones(2))
     with pytest.raises(ValueError, match="another accelerator"):
         accelerator(2).read(x)
 
@@ -224,16 +256,16 @@ def sent(accelerator: OfSize, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_program_is_shipped_once(accelerator: OfSize, sent: list[str]) -> None:
     a = accelerator(2)
-    x, p = a.upload(torch.zeros(2), Replicate()), increment(2, f32(2))
+    x, p = put(a, torch.zeros(2)), increment(2, f32(2))
     for _ in range(3):
         (x,) = a.run(p, [x], [])
     assert sent.count("Load") == 1 and sent.count("Run") == 3
 
 
 def test_another_program_of_the_same_name_is_refused(accelerator: OfSize) -> None:
-    a, x = accelerator(2), accelerator(2).upload(torch.zeros(2), Replicate())
+    a, x = accelerator(2), put(accelerator(2), torch.zeros(2))
     p = increment(2, f32(2))
-    twin = Program(p.name, 2, p.inputs, p.outputs, 0, (), 0, 0)
+    twin = Program(p.name, p.mesh, p.inputs, p.outputs, 0, (), 0, 0)
     (x,) = a.run(p, [x], [])
     with pytest.raises(ValueError, match="another program named"):
         a.run(twin, [x], [])
@@ -241,12 +273,12 @@ def test_another_program_of_the_same_name_is_refused(accelerator: OfSize) -> Non
 
 def test_a_dropped_buffer_is_freed_on_the_devices(accelerator: OfSize) -> None:
     a = accelerator(2)
-    x = a.upload(torch.ones(64 << 20), Shard(0, (64 << 20, 0)))
-    a.read(a.upload(torch.ones(1), Replicate()))  # comes after it
+    x = put(a, torch.ones(64 << 20), split(0, (64 << 20, 0)))
+    a.read(put(a, torch.ones(1)))  # comes after it
     with_it = a.memory()
     del x
     gc.collect()
-    a.read(a.upload(torch.ones(1), Replicate()))  # sends what is to be freed, and waits
+    a.read(put(a, torch.ones(1)))  # sends what is to be freed, and waits
     without = a.memory()
     assert with_it[0][0] - without[0][0] > 250 << 20
 
@@ -256,24 +288,31 @@ def test_resident_bytes_are_those_of_live_buffers_on_the_fullest_device(accelera
     gc.collect()
     a.synchronize()
     before = a.resident_bytes
-    whole = a.upload(torch.ones(100), Replicate())
-    split = a.upload(torch.ones(10, 4), Shard(0, (7, 3)))
+    whole = put(a, torch.ones(100))
+    rows = put(a, torch.ones(10, 4), split(0, (7, 3)))
     assert a.resident_bytes - before == 100 * 4 + 7 * 4 * 4
     (whole,) = a.run(increment(2, f32(100)), [whole], [])  # in place: nothing more is held
     p = program(2, [slot(0, f32(100))], [slot(1, f32(100))], op("aten.neg.default", Ref(0), outs=1))
     (negative,) = a.run(p, [whole], [])
     assert a.resident_bytes - before == 2 * 100 * 4 + 7 * 4 * 4
-    del whole, split, negative
+    del whole, rows, negative
     gc.collect()
     a.synchronize()
     assert a.resident_bytes == before
+
+
+def test_resident_bytes_count_the_longest_part_of_every_dim(accelerator: OfSize) -> None:
+    a = accelerator(4)
+    before = a.resident_bytes
+    buffer = put(a, torch.ones(7, 6), OVER_TWO_DIMS, GRID)
+    assert a.resident_bytes - before == 4 * 4 * buffer.type.dtype.itemsize
 
 
 def test_a_run_returns_at_once_but_never_more_than_one_ahead(accelerator: OfSize) -> None:
     a = accelerator(2)
     work = [op("aten.mm.default", Ref(0), Ref(0), outs=1), op("aten.sum.default", Ref(1), outs=2, frees=(1,))]
     p = program(2, [slot(0, f32(2000, 2000))], [slot(2, f32())], *work)
-    x = a.upload(torch.zeros(2000, 2000), Replicate())
+    x = put(a, torch.zeros(2000, 2000))
     a.run(p, [x], [])
     a.synchronize()
     start = time.perf_counter()
@@ -304,7 +343,7 @@ def test_an_accelerator_that_is_closed_says_so() -> None:
     a.close()
     a.close()
     with pytest.raises(RuntimeError, match="closed"):
-        a.upload(torch.ones(1), Replicate())
+        put(a, torch.ones(1))
 
 
 def test_an_accelerator_needs_devices() -> None:

@@ -6,18 +6,17 @@ import weakref
 import pytest
 import torch
 
-from moai.graph.placement import Shard
+from moai.graph.placement import Mesh
 from moai.graph.step_graph import Ref, Scalar, TensorType
 from moai.lower.program import PerRank, Program
-from moai.runtime.collectives import Alone
 from moai.runtime.executor import Executor, InstructionError
-from tests.runtime.programs import f32, op, program, slot
+from tests.runtime.programs import each, f32, mesh, op, program, slot, split
 
 CPU = torch.device("cpu")
 
 
 def executor(p: Program, rank: int = 0) -> Executor:
-    return Executor(p, rank, CPU, Alone())
+    return Executor(p, rank, CPU, None)
 
 
 def both_ways(p: Program, *inputs: torch.Tensor, scalars=(), rank: int = 0) -> list[torch.Tensor]:
@@ -49,7 +48,7 @@ def test_scalars_are_those_of_the_run() -> None:
 
 
 def test_every_device_takes_its_own_number() -> None:
-    p = program(2, [], [slot(0, f32(5), Shard(0, (3, 2)))], op("aten.full.default", (PerRank((3, 2)),), 1.0, outs=0))
+    p = program(2, [], [slot(0, f32(5), split(0, (3, 2)))], op("aten.full.default", (each(3, 2),), 1.0, outs=0))
     assert [len(both_ways(p, rank=rank)[0]) for rank in (0, 1)] == [3, 2]
 
 
@@ -82,9 +81,9 @@ def test_operators_without_results_write_in_place() -> None:
 def test_random_rows_do_not_depend_on_the_split() -> None:
     def draw(sizes: tuple[int, ...], rank: int) -> torch.Tensor:
         starts = tuple(sum(sizes[:r]) for r in range(len(sizes)))
-        size = (PerRank(sizes), 2)
-        rows = op("moai.random.default", size, "normal", 0.0, 1.0, 7, PerRank(starts), torch.float32, outs=0)
-        return both_ways(program(len(sizes), [], [slot(0, f32(4, 2), Shard(0, sizes))], rows), rank=rank)[0]
+        size = (each(*sizes), 2)
+        rows = op("moai.random.default", size, "normal", 0.0, 1.0, 7, each(*starts), torch.float32, outs=0)
+        return both_ways(program(len(sizes), [], [slot(0, f32(4, 2), split(0, sizes))], rows), rank=rank)[0]
 
     assert torch.equal(draw((4,), 0), torch.cat([draw((1, 3), 0), draw((1, 3), 1)]))
 
@@ -92,8 +91,11 @@ def test_random_rows_do_not_depend_on_the_split() -> None:
 def test_inputs_are_freed_at_their_last_use() -> None:
     died: list[bool] = []
 
-    class Peers(Alone):
-        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    class Peers:
+        def over(self, mesh: Mesh, axes: tuple[str, ...]) -> "Peers":
+            return self
+
+        def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
             gc.collect()
             died.append(gone() is None)
             return x
@@ -103,7 +105,7 @@ def test_inputs_are_freed_at_their_last_use() -> None:
         [slot(0, f32(4), donated=True)],
         [slot(2, f32(4))],
         op("aten.neg.default", Ref(0), outs=1, frees=(0,)),
-        op("all_reduce", Ref(1), outs=2, frees=(1,)),
+        op("all_reduce", Ref(1), ("dp",), "sum", outs=2, frees=(1,)),
     )
     e = Executor(p, 0, CPU, Peers())
     for _ in range(2):
@@ -141,8 +143,8 @@ def test_an_output_does_not_keep_a_larger_tensor_alive() -> None:
 
 
 def test_a_wrong_local_shape_is_named_at_the_first_run() -> None:
-    wrong = op("aten.neg.default", Ref(0), outs=1, shapes=((PerRank((3, 4)),),), where="train.py:12")
-    p = program(2, [slot(0, f32(6), Shard(0, (3, 3)))], [slot(1, f32(7), Shard(0, (3, 4)))], wrong)
+    wrong = op("aten.neg.default", Ref(0), outs=1, shapes=((each(3, 4),),), where="train.py:12")
+    p = program(2, [slot(0, f32(6), split(0, (3, 3)))], [slot(1, f32(7), split(0, (3, 4)))], wrong)
     executor(p, rank=0).run([torch.ones(3)], [])
     with pytest.raises(InstructionError, match=r"aten.neg.default .*train.py:12.* gave %1 the shape \[3\] where \[4\]"):
         executor(p, rank=1).run([torch.ones(3)], [])
@@ -184,7 +186,7 @@ def test_an_unknown_operator_is_refused_when_the_program_is_loaded() -> None:
 
 def test_factories_make_tensors_on_the_devices_own_device() -> None:
     p = program(1, [], [slot(0, f32(2))], op("aten.full.default", (2,), 1.0, outs=0, device=torch.device("meta")))
-    assert Executor(p, 0, CPU, Alone()).run([], [])[0].device == CPU
+    assert Executor(p, 0, CPU, None).run([], [])[0].device == CPU
 
 
 def test_gradients_are_not_recorded() -> None:
@@ -192,3 +194,139 @@ def test_gradients_are_not_recorded() -> None:
     e = executor(p)
     for _ in range(2):
         assert not e.run([torch.ones(2, requires_grad=True)], [])[0].requires_grad
+
+
+# Loops over micro-batches.
+
+
+def sums(*values: int, owned: bool = False) -> Program:
+    """The total over passes of the input times this pass's value."""
+    return program(
+        mesh(micro=len(values)),
+        [slot(0, f32(2))],
+        [slot(2, f32(2))],
+        op("repeat"),
+        op("aten.mul.Scalar", Ref(0), PerRank(("micro",), values), outs=1),
+        op("accumulate", Ref(1), owned, outs=2, frees=(1,), shapes=((2,),)),
+        op("end_repeat"),
+    )
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_loop_accumulates_over_its_passes(owned: bool) -> None:
+    assert both_ways(sums(1, 20, 300, owned=owned), torch.ones(2))[0].tolist() == [321, 321]
+
+
+def test_a_loop_of_one_pass_is_run_once() -> None:
+    assert both_ways(sums(7), torch.ones(2))[0].tolist() == [7, 7]
+
+
+def test_a_total_leaves_the_first_passes_tensor_alone_unless_it_owns_it() -> None:
+    body = op("repeat"), op("accumulate", Ref(0), False, outs=1), op("end_repeat")
+    p = program(mesh(micro=3), [slot(0, f32(2))], [slot(1, f32(2))], *body)
+    x, e = torch.ones(2), executor(p)
+    for _ in range(2):
+        assert e.run([x], [])[0].tolist() == [3, 3] and x.tolist() == [1, 1]
+
+
+def test_passes_may_be_of_different_lengths_on_every_device() -> None:
+    start, end, n = (PerRank(("dp", "micro"), v) for v in ((0, 1, 0, 2), (1, 3, 2, 2), (1, 2, 2, 0)))
+    p = program(
+        mesh(dp=2, micro=2),
+        [slot(0, f32(5, 2), split(0, (3, 2)))],
+        [slot(3, f32(5, 2), split(0, (3, 2)))],
+        op("repeat"),
+        op("aten.slice.Tensor", Ref(0), 0, start, end, outs=1, shapes=((n, 2),)),
+        op("collect", Ref(1), outs=2, frees=(1,)),
+        op("end_repeat"),
+        op("join", Ref(2), 0, outs=3, frees=(2,), shapes=((each(3, 2), 2),)),
+    )
+    for rank, length in ((0, 3), (1, 2)):
+        x = torch.randn(length, 2)
+        assert torch.equal(both_ways(p, x, rank=rank)[0], x)
+
+
+def test_a_later_loop_takes_what_an_earlier_one_collected_in_the_same_pass() -> None:
+    p = program(
+        mesh(micro=3),
+        [slot(0, f32(1))],
+        [slot(5, f32(3))],
+        op("repeat"),
+        op("aten.add.Scalar", Ref(0), PerRank(("micro",), (1, 2, 3)), outs=1),
+        op("collect", Ref(1), outs=2, frees=(1,)),
+        op("end_repeat"),
+        op("repeat"),
+        op("take", Ref(2), outs=3),
+        op("aten.mul.Scalar", Ref(3), PerRank(("micro",), (1, 10, 100)), outs=4, frees=(3,)),
+        op("collect", Ref(4), outs=6, frees=(4,)),
+        op("end_repeat"),
+        op("join", Ref(6), 0, outs=5),
+    )
+    assert both_ways(p, torch.zeros(1))[0].tolist() == [1, 20, 300]
+
+
+def test_a_number_that_all_passes_agree_on_may_stand_outside_of_a_loop() -> None:
+    full = op("aten.full.default", (PerRank(("dp", "micro"), (1, 1, 2, 2)),), 1.0, outs=0)
+    p = program(mesh(dp=2, micro=2), [], [slot(0, f32(3), split(0, (1, 2)))], full)
+    assert [len(both_ways(p, rank=rank)[0]) for rank in (0, 1)] == [1, 2]
+
+
+def test_shapes_are_checked_in_every_pass() -> None:
+    n = PerRank(("micro",), (1, 2))
+    body = op("repeat"), op("aten.zeros.default", (n,), outs=0, shapes=((1,),), frees=(0,)), op("end_repeat")
+    with pytest.raises(InstructionError, match=r"gave %0 the shape \[2\] where \[1\] was planned"):
+        executor(program(mesh(micro=2), [], [], *body)).run([], [])
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_an_operator_that_fails_in_a_loop_is_named(runs_before: int) -> None:
+    p = program(
+        mesh(micro=3),
+        [slot(0, f32(3))],
+        [],
+        op("repeat"),
+        op("aten.select.int", Ref(0), 0, PerRank(("micro",), (0, 1, 2)), outs=1),
+        op("aten.is_nonzero.default", Ref(1), outs=2, frees=(2,)),
+        op("aten._assert_async.msg", Ref(1), "no more", where="train.py:33", frees=(1,)),
+        op("end_repeat"),
+    )
+    e = executor(p)
+    for _ in range(runs_before):
+        e.run([torch.ones(3)], [])
+    with pytest.raises(InstructionError, match=r"_assert_async.msg \(instruction 3 of .*, from train.py:33\) failed"):
+        e.run([torch.tensor([1.0, 1.0, 0.0])], [])
+
+
+def test_what_a_pass_collects_and_another_takes_is_freed_at_once() -> None:
+    alive: list[int] = []
+    refs: list[weakref.ref] = []
+
+    class Peers:
+        def over(self, mesh: Mesh, axes: tuple[str, ...]) -> "Peers":
+            return self
+
+        def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+            if kind == "sum":
+                refs.append(weakref.ref(x))
+            alive.append(sum(r() is not None for r in refs))
+            return torch.zeros(1)
+
+    p = program(
+        mesh(micro=3),
+        [],
+        [],
+        op("repeat"),
+        op("aten.zeros.default", (1,), outs=0),
+        op("all_reduce", Ref(0), ("dp",), "sum", outs=1, frees=(1,)),
+        op("collect", Ref(0), outs=2, frees=(0,)),
+        op("end_repeat"),
+        op("repeat"),
+        op("take", Ref(2), outs=3, frees=(3,)),
+        op("aten.zeros.default", (1,), outs=4),
+        op("all_reduce", Ref(4), ("dp",), "max", outs=5, frees=(4, 5)),
+        op("end_repeat"),
+    )
+    e = Executor(p, 0, CPU, Peers())
+    for _ in range(2):
+        e.run([], [])
+    assert alive == [1, 2, 3, 2, 1, 0] * 2

@@ -12,12 +12,11 @@ import psutil
 import pytest
 import torch
 
-from moai.graph.placement import Replicate
 from moai.graph.step_graph import Ref
 from moai.platform.device import Device
 from moai.runtime.accelerator import Accelerator
 from moai.runtime.messages import Failed
-from tests.runtime.programs import busy_seconds, cpus, f32, increment, op, program, slot
+from tests.runtime.programs import busy_seconds, cpus, f32, increment, op, program, put, slot
 
 
 def gone(pids: Sequence[int], within: float) -> bool:
@@ -42,7 +41,7 @@ def pids(accelerator: Accelerator) -> list[int]:
 
 
 def big_input(accelerator: Accelerator):
-    return accelerator.upload(torch.zeros(4000, 4000), Replicate())
+    return put(accelerator, torch.zeros(4000, 4000))
 
 
 # A worker fails.
@@ -51,8 +50,8 @@ def big_input(accelerator: Accelerator):
 def test_an_operator_error_names_device_step_operator_and_line(doomed: Accelerator) -> None:
     check = op("aten._assert_async.msg", Ref(1), "not all are set", where="train.py:33")
     p = program(2, [slot(0, f32(2))], [], op("aten.all.default", Ref(0), outs=1), check)
-    doomed.run(p, [doomed.upload(torch.ones(2), Replicate())], [])
-    doomed.run(p, [doomed.upload(torch.zeros(2), Replicate())], [])
+    doomed.run(p, [put(doomed, torch.ones(2))], [])
+    doomed.run(p, [put(doomed, torch.zeros(2))], [])
     expected = (
         r"device [01] \(cpu:[01], pid \d+\) failed in step 2: operator aten._assert_async.msg .*train.py:33.*not all"
     )
@@ -61,9 +60,9 @@ def test_an_operator_error_names_device_step_operator_and_line(doomed: Accelerat
 
 
 def test_after_a_failure_every_call_raises_it_and_the_workers_are_gone(doomed: Accelerator) -> None:
-    x = doomed.upload(torch.ones(2), Replicate())
+    x = put(doomed, torch.ones(2))
     doomed.run(program(2, [], [], op("aten.frobnicate.default")), [], [])
-    for call in (doomed.synchronize, lambda: doomed.read(x), lambda: doomed.upload(torch.ones(1), Replicate())):
+    for call in (doomed.synchronize, lambda: doomed.read(x), lambda: put(doomed, torch.ones(1))):
         with pytest.raises(RuntimeError, match=r"no operator aten\.frobnicate\.default"):
             call()
     assert gone(pids(doomed), within=5)
@@ -99,13 +98,13 @@ def test_a_worker_killed_between_runs_is_noticed_at_the_next_call(doomed: Accele
     os.kill(pids(doomed)[0], signal.SIGKILL)
     time.sleep(0.5)
     with pytest.raises(RuntimeError, match=r"device 0 .*SIGKILL"):
-        doomed.upload(torch.ones(1), Replicate())
+        put(doomed, torch.ones(1))
 
 
 @pytest.mark.parametrize("at", ["run", "upload"])
 def test_a_stopped_worker_is_noticed(doomed: Accelerator, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moai.runtime.watchdog.SILENCE_SECONDS", 3.0)
-    p, x = increment(2, f32(4)), doomed.upload(torch.zeros(4), Replicate())
+    p, x = increment(2, f32(4)), put(doomed, torch.zeros(4))
     os.kill(pids(doomed)[1], signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"device 1 .*no sign of life"):
@@ -113,7 +112,7 @@ def test_a_stopped_worker_is_noticed(doomed: Accelerator, at: str, monkeypatch: 
             doomed.run(p, [x], [])
             doomed.synchronize()
         else:
-            doomed.upload(torch.zeros(16 << 20), Replicate())
+            put(doomed, torch.zeros(16 << 20))
     assert time.monotonic() - start < 8
     assert gone(pids(doomed), within=5)
 
@@ -135,11 +134,10 @@ def test_a_device_that_does_not_exist_is_an_error_at_the_start() -> None:
 
 SCRIPT = """
     import sys, time, torch
-    from moai.graph.placement import Replicate
     from moai.runtime.accelerator import Accelerator
-    from tests.runtime.programs import busy_seconds, cpus
+    from tests.runtime.programs import busy_seconds, cpus, put
     a = Accelerator(cpus(2))
-    a.run(busy_seconds(2), [a.upload(torch.zeros(4000, 4000), Replicate())], [])
+    a.run(busy_seconds(2), [put(a, torch.zeros(4000, 4000))], [])
     time.sleep(0.5)
     print(*[link.worker.pid for link in a._links], flush=True)
 """
@@ -226,7 +224,7 @@ def test_after_ctrl_c_a_script_can_still_read(script) -> None:
     """The terminal sends SIGINT to the whole process group; a script may want to save its work."""
     process, workers = script(
         """
-        x = a.upload(torch.arange(3), Replicate())
+        x = put(a, torch.arange(3))
         try:
             print("busy", flush=True)
             a.synchronize()

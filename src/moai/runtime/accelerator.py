@@ -13,17 +13,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard, local_shape
+from moai.graph.placement import TIME, Mesh, Placement, local_shape
 from moai.graph.step_graph import TensorType
 from moai.lower.program import Program, Slot
 from moai.platform.device import Device
 from moai.runtime import messages as m
 from moai.runtime.launcher import Launcher, LocalLauncher
 from moai.runtime.link import Link
+from moai.runtime.parts import check_split, holders, part_at, total
 from moai.runtime.transport import encode
 from moai.runtime.watchdog import Watchdog
 
@@ -38,18 +39,24 @@ _BACKLOG_BYTES = 32 << 20
 
 
 class Buffer:
-    """A tensor that lies on the devices. Dropping the last reference frees it there."""
+    """A tensor that lies on the devices. Dropping the last reference frees it there.
 
-    __slots__ = ("__weakref__", "_frees", "_id", "placement", "type")
+    `mesh` is that of the devices, without "micro": buffers outlive the passes of a loop.
+    """
 
-    def __init__(self, id: int, type: TensorType, placement: Placement, frees: deque[tuple[int, int]]) -> None:
+    __slots__ = ("__weakref__", "_frees", "_id", "mesh", "placement", "type")
+
+    def __init__(
+        self, id: int, type: TensorType, placement: Placement, mesh: Mesh, frees: deque[tuple[int, int]]
+    ) -> None:
         self.type = type
         self.placement = placement
+        self.mesh = mesh
         self._id: int | None = id
         self._frees = frees
 
     def __repr__(self) -> str:
-        return f"Buffer({self.type}@{self.placement}{', donated' if self._id is None else ''})"
+        return f"Buffer({self.type}@{self.placement} on mesh ({self.mesh}){', donated' if self._id is None else ''})"
 
     def __del__(self) -> None:
         if self._id is not None:
@@ -58,11 +65,14 @@ class Buffer:
 
 def local_bytes(x: Buffer | Slot) -> int:
     """Bytes of a buffer on the device that holds most of it."""
-    shape = x.type.shape
-    if isinstance(x.placement, Shard):
-        fullest = max(range(len(x.placement.sizes)), key=x.placement.sizes.__getitem__)
-        shape = local_shape(shape, x.placement, fullest)
-    return TensorType(shape, x.type.dtype).nbytes
+    shape = list(x.type.shape)
+    for shard in x.placement.shards:  # over different axes: one device has the longest part of every dim
+        shape[shard.dim] = max(shard.sizes) * shard.blocks
+    return TensorType(tuple(shape), x.type.dtype).nbytes
+
+
+def _in_space(mesh: Mesh) -> Mesh:
+    return Mesh(tuple((name, size) for name, size in mesh.axes if name != TIME))
 
 
 class Accelerator:
@@ -116,21 +126,22 @@ class Accelerator:
         """Each worker's last report; None before the first, a second after the start."""
         return list(self._pulses)
 
-    def upload(self, tensor: torch.Tensor, placement: Placement) -> Buffer:
-        """Puts a CPU tensor on the devices; a sharded one sends each device its part, a partial one is a term of device
-        0. `tensor` is not needed any more on return. Of memory, it takes no copy of more than 32 MiB."""
+    def upload(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> Buffer:
+        """Puts a CPU tensor on the devices; each is sent its part. Over partial axes, coordinate 0 holds the tensor and
+        the others zeros. `tensor` is not needed any more on return. Of memory, it takes no copy of more than 32 MiB."""
         self._check()
+        mesh = _in_space(mesh)
         tensor = tensor.detach().resolve_conj().resolve_neg()
         if tensor.nbytes <= _COPY_BYTES:
             tensor = tensor.clone()
-        parts = self._parts(tensor, placement)
+        parts = self._parts(tensor, placement, mesh)
         self._post_frees()
         id = next(self._ids)
-        buffer = Buffer(id, TensorType(tuple(tensor.shape), tensor.dtype), placement, self._frees)
+        buffer = Buffer(id, TensorType(tuple(tensor.shape), tensor.dtype), placement, mesh, self._frees)
         self._count(local_bytes(buffer))
         tickets = []
-        for link, part in zip(self._links, parts, strict=True):
-            shape = tuple(tensor.shape if part is None else part.shape)
+        for rank, (link, part) in enumerate(zip(self._links, parts, strict=True)):
+            shape = local_shape(buffer.type.shape, placement, mesh, mesh.coordinates(rank))
             tickets.append(link.post(encode(m.Put(id, shape, tensor.dtype, zeros=part is None)), part))
         if tensor.nbytes > _COPY_BYTES:
             self._wait(lambda: all(link.sent >= t for link, t in zip(self._links, tickets, strict=True)))
@@ -149,7 +160,8 @@ class Accelerator:
         self._load(program)
         self._post_frees()
         self._step += 1
-        outputs = [Buffer(next(self._ids), slot.type, slot.placement, self._frees) for slot in program.outputs]
+        mesh = _in_space(program.mesh)
+        outputs = [Buffer(next(self._ids), slot.type, slot.placement, mesh, self._frees) for slot in program.outputs]
         command = m.Run(self._step, program.name, ids, tuple(b._id or 0 for b in outputs), tuple(scalars))
         for buffer, slot in zip(inputs, program.inputs, strict=True):
             if slot.donated:
@@ -169,23 +181,22 @@ class Accelerator:
     def read(self, buffer: Buffer) -> torch.Tensor:
         """The global tensor, on the CPU; blocks until it is there."""
         self._check()
-        id = self._id_of(buffer)
-        shape, placement = buffer.type.shape, buffer.placement
-        out = torch.empty(shape, dtype=buffer.type.dtype, device="cpu")
-        if isinstance(placement, Replicate):
-            self._fetch(id, [out])
-        elif isinstance(placement, Partial):
-            terms = [out, *(torch.empty_like(out) for _ in self._links[1:])]
-            self._fetch(id, terms)
-            for term in terms[1:]:
-                out.add_(term)
-        else:
-            parts = list(out.split(placement.sizes, placement.dim))
-            whole = [p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts]
-            self._fetch(id, whole)
-            for part, received in zip(parts, whole, strict=True):
-                if part is not received:
-                    part.copy_(received)
+        id, placement, mesh = self._id_of(buffer), buffer.placement, buffer.mesh
+        out = torch.empty(buffer.type.shape, dtype=buffer.type.dtype, device="cpu")
+        parts: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # each with the terms it is the sum of
+        targets: dict[int, torch.Tensor] = {}
+        for ranks in holders(placement, mesh):
+            part = part_at(out, placement, mesh, mesh.coordinates(ranks[0]))
+            if len(ranks) == 1 and part.is_contiguous():
+                terms = [part]
+            else:
+                terms = [torch.empty(part.shape, dtype=part.dtype, device="cpu") for _ in ranks]
+            parts.append((part, terms))
+            targets.update(zip(ranks, terms, strict=True))
+        self._fetch(id, targets)
+        for part, terms in parts:
+            if terms[0] is not part:
+                part.copy_(total(torch.stack(terms)) if len(terms) > 1 else terms[0])
         return out
 
     def synchronize(self) -> None:
@@ -209,32 +220,32 @@ class Accelerator:
 
     # Uploads, runs and reads, in their parts.
 
-    def _parts(self, tensor: torch.Tensor, placement: Placement) -> Sequence[torch.Tensor | None]:
+    def _parts(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> list[torch.Tensor | None]:
         """What each device gets; None stands for zeros."""
         if tensor.device.type != "cpu":
             raise ValueError(f"upload takes a CPU tensor, not one on {tensor.device}")
-        if isinstance(placement, Replicate):
-            return [tensor] * self.n_devices
-        if isinstance(placement, Partial):
-            return [tensor, *[None] * (self.n_devices - 1)]
-        sizes = placement.sizes
-        if len(sizes) != self.n_devices or placement.dim >= tensor.dim() or sum(sizes) != tensor.shape[placement.dim]:
-            raise ValueError(
-                f"a tensor of shape {list(tensor.shape)} cannot be split along dim {placement.dim} in parts of {sizes} "
-                f"on {self.n_devices} device(s)"
-            )
-        return tensor.split(sizes, placement.dim)
+        if mesh.n_devices != self.n_devices:
+            raise ValueError(f"mesh ({mesh}) is of {mesh.n_devices} device(s), the accelerator has {self.n_devices}")
+        for shard in placement.shards:
+            check_split(tensor, shard, mesh)
+        found = []
+        for at in map(mesh.coordinates, range(self.n_devices)):
+            term = all(at[a] == 0 for a in placement.partial)
+            found.append(part_at(tensor, placement, mesh, at) if term else None)
+        return found
 
     def _input_ids(self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int]) -> tuple[int, ...]:
-        wanted = (program.n_devices, len(program.inputs), program.n_scalars)
+        wanted = (program.mesh.n_devices, len(program.inputs), program.n_scalars)
         if (given := (self.n_devices, len(inputs), len(scalars))) != wanted:
             raise ValueError(
                 f"program {program.name} is for (devices, inputs, scalars) = {wanted}, but was given {given}"
             )
+        mesh = _in_space(program.mesh)
         for i, (buffer, slot) in enumerate(zip(inputs, program.inputs, strict=True)):
-            if buffer.type != slot.type or buffer.placement != slot.placement:
+            if (buffer.type, buffer.placement, buffer.mesh) != (slot.type, slot.placement, mesh):
                 raise ValueError(
-                    f"input {i} of program {program.name} is {slot.type}@{slot.placement}, but was given {buffer}"
+                    f"input {i} of program {program.name} is {slot.type}@{slot.placement} on mesh ({mesh}), but was "
+                    f"given {buffer}"
                 )
         ids = tuple(map(self._id_of, inputs))
         if len(set(ids)) < len(ids):
@@ -260,12 +271,12 @@ class Accelerator:
             self._growth[program.name] = sum(map(local_bytes, program.outputs)) - donated
             self._broadcast(m.Load(program))
 
-    def _fetch(self, id: int, targets: Sequence[torch.Tensor]) -> None:
-        """Fills the contiguous `targets` with the local tensors of the first devices, one each."""
+    def _fetch(self, id: int, targets: Mapping[int, torch.Tensor]) -> None:
+        """Fills the contiguous `targets` with the local tensors of devices, by rank."""
         self._post_frees()
         request = next(self._requests)
         command = encode(m.Read(request, id))
-        asked = [(link, target) for link, target in zip(self._links, targets, strict=False) if target.nbytes]
+        asked = [(self._links[rank], target) for rank, target in targets.items() if target.nbytes]
         for link, target in asked:
             link.read(request, command, target)
         self._wait(lambda: all(request not in link.awaited for link, _ in asked))

@@ -1,4 +1,4 @@
-"""Program -> one straight-line Python function, a line per instruction.
+"""Program -> one Python function, a line per instruction; only the loop over micro-batches is no straight line.
 
 In: a program's instructions with every call already bound to a function and to this device's numbers (`Call`).
 Out: source text, and the constants that it refers to. An instruction's line is `LINES_BEFORE` + its index + 1, so a
@@ -13,43 +13,68 @@ from dataclasses import dataclass
 from typing import Any
 
 from moai.graph.step_graph import Ref, Scalar, flat_ids
-from moai.lower.program import Program
+from moai.lower.program import Instruction, Program
+from moai.runtime.loops import REPEAT
 
 LINES_BEFORE = 3
 
 
 @dataclass(frozen=True, slots=True)
+class PerPass:
+    """One number for each pass of the loop around it."""
+
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """A function and its arguments, in which only `Ref` and `Scalar` are still open."""
+    """A function and its arguments, in which only `Ref`, `Scalar` and `PerPass` are still open."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-def generate(program: Program, calls: Sequence[Call]) -> tuple[str, dict[str, Any]]:
+def generate(program: Program, calls: Sequence[Call | None], carried: Sequence[int]) -> tuple[str, dict[str, Any]]:
     """The source of `run(inputs, scalars) -> list of outputs`, and the globals it needs.
 
-    `run` empties the list `inputs`, so that an input's memory can be freed at its last use.
+    `calls` has None for the bounds of a loop; values `carried` from pass to pass begin as None. `run` empties the list
+    `inputs`, so that an input's memory can be freed at its last use.
     """
     constants = _Constants()
     lines = [
         "def run(inputs, scalars):",
         f"    {_targets(f'v{slot.id}' for slot in program.inputs)} = inputs; inputs.clear()",
-        f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars",
+        f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars" + _cleared([f"v{id}" for id in carried]),
     ]
+    indent = "    "
     for instruction, call in zip(program.instructions, calls, strict=True):
-        args = [constants.source(a) for a in call.args]
-        args += [f"{name}={constants.source(a)}" for name, a in call.kwargs.items()]
-        statement = f"{constants.named('f', call.function)}({', '.join(args)})"
-        dead = [f"v{id}" for id in instruction.frees]
-        if any(True for _ in flat_ids(instruction.outs)):
-            statement = f"{_target(instruction.outs)} = {statement}"
-            if isinstance(instruction.outs, tuple) and "_" in _target(instruction.outs):
-                dead.append("_")
-        lines.append(f"    {statement}" + (f"; {' = '.join(dead)} = None" if dead else ""))
+        if call is not None:
+            lines.append(indent + _statement(instruction, call, constants))
+        elif instruction.op == REPEAT:
+            lines.append(f"    for i in range({program.mesh.steps}):")
+            indent = "        "
+        else:
+            lines.append("        pass")
+            indent = "    "
     lines.append(f"    return [{', '.join(f'v{slot.id}' for slot in program.outputs)}]")
     return "\n".join(lines) + "\n", constants.globals
+
+
+def _statement(instruction: Instruction, call: Call, constants: _Constants) -> str:
+    args = [constants.source(a) for a in call.args]
+    args += [f"{name}={constants.source(a)}" for name, a in call.kwargs.items()]
+    statement = f"{constants.named('f', call.function)}({', '.join(args)})"
+    dead = [f"v{id}" for id in instruction.frees]
+    if any(True for _ in flat_ids(instruction.outs)):
+        statement = f"{_target(instruction.outs)} = {statement}"
+        if isinstance(instruction.outs, tuple) and "_" in _target(instruction.outs):
+            dead.append("_")
+    return statement + _cleared(dead)
+
+
+def _cleared(names: Sequence[str]) -> str:
+    return f"; {' = '.join(names)} = None" if names else ""
 
 
 def _targets(names: Iterable[str]) -> str:
@@ -81,6 +106,8 @@ class _Constants:
             return f"v{value.id}"
         if isinstance(value, Scalar):
             return f"s{value.index}"
+        if isinstance(value, PerPass):
+            return f"{self.named('c', value.values)}[i]"
         if isinstance(value, tuple):
             return f"({''.join(f'{self.source(v)}, ' for v in value)})"
         if isinstance(value, list):

@@ -1,72 +1,84 @@
 """The collectives of `lower.program`, on the tensors of one device.
 
-In: local tensors. Out: fresh local tensors, bit-identical on all devices. Every device issues them in the same order.
+In: local tensors. Out: fresh local tensors; what several devices receive of one sum or part is the same bit for bit.
+All peers issue them in the same order. A message is one flat tensor, whatever it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-NAMES = frozenset({"all_reduce", "all_reduce_start", "wait", "all_gather"})
+from moai.graph.placement import Mesh
+from moai.runtime.parts import cut, total
+
+WAIT = "wait"
+_BLOCKING = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+NAMES = _BLOCKING | {f"{name}_start" for name in _BLOCKING} | {WAIT}
 
 # A last resort only: the controller notices a stuck collective much earlier, and it knows slow from stuck.
 TIMEOUT = timedelta(minutes=30)
 
-_SUMMABLE = frozenset(
-    {
-        torch.uint8, torch.int8, torch.int32, torch.int64,
-        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
-    }
-)  # fmt: skip
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+_SUMMABLE = _HALVES | {
+    torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.float64, torch.complex64
+}  # fmt: skip
+_KINDS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-
-class Collectives(Protocol):
-    """What an executor needs of the other devices."""
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over devices, in a fresh tensor of x's shape."""
-
-    def all_reduce_start(self, xs: Sequence[torch.Tensor]) -> Any:
-        """Begin to sum `xs` (one dtype) over devices; returns a handle for `wait`. The xs may be freed at once."""
-
-    def wait(self, handle: Any) -> tuple[torch.Tensor, ...]:
-        """The sums, in the order and shapes of the start's xs."""
-
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-        """The devices' parts, device r's of length sizes[r] along `dim`, concatenated."""
-
-
-class Alone:
-    """The collectives of an accelerator with one device: identities, but for the fresh result."""
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    def all_reduce_start(self, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(x.clone() for x in xs)
-
-    def wait(self, handle: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return handle
-
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-        return x.clone()
+Tensors = tuple[torch.Tensor, ...]
+Shape = Sequence[int]
+Cut = tuple[int, Sequence[int], int]  # dim, sizes, blocks: as in Shard
 
 
 @dataclass(frozen=True, slots=True)
-class _Reduction:
-    work: dist.Work
-    flat: torch.Tensor
-    shapes: tuple[torch.Size, ...]
+class Started:
+    """A collective under way. `finish` makes the results of what has arrived; `sent` must live until then."""
+
+    work: dist.Work | None
+    finish: Callable[[], Tensors]
+    sent: torch.Tensor | None = None
 
 
-class Group:
-    """Collectives over `torch.distributed`'s default group: gloo for CPU devices, NCCL for GPUs."""
+def wait(started: Started) -> Tensors:
+    """The results, in the order of the start's xs."""
+    if started.work is not None:
+        started.work.wait()
+    return started.finish()
+
+
+class Peers(Protocol):
+    """The collectives over some axes. The xs of a start may be freed or overwritten as soon as it returns."""
+
+    def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor: ...
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor: ...
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor: ...
+
+    def all_reduce_start(self, xs: Sequence[torch.Tensor]) -> Started: ...
+
+    def all_gather_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started: ...
+
+    def reduce_scatter_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started: ...
+
+
+class Network(Protocol):
+    """The other devices of an accelerator."""
+
+    def over(self, mesh: Mesh, axes: Sequence[str]) -> Peers:
+        """Those that differ from this device on `axes` alone. All of them must ask for each other in the same order;
+        the first time blocks until all have. RuntimeError if one is gone."""
+
+
+class Distributed:
+    """A `Network` over `torch.distributed`: gloo for CPU devices, NCCL for GPUs."""
 
     def __init__(self, device: torch.device, rank: int, size: int, store: dist.Store) -> None:
         """Meets the `size - 1` other devices at `store`; blocks until all are there."""
@@ -78,46 +90,187 @@ class Group:
             timeout=TIMEOUT,
             device_id=None if device.type == "cpu" else device,
         )
-        self._size = size
+        self._rank = rank
+        self._cores = _cores()
+        assert dist.group.WORLD is not None
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(size)): dist.group.WORLD}
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        total = _summable(x).clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+    def over(self, mesh: Mesh, axes: Sequence[str]) -> Group:
+        ranks = mesh.group(axes, self._rank)
+        members = tuple(sorted(ranks))
+        if members not in self._groups:
+            self._groups[members] = self._new_group(members)
+        return Group(self._groups[members], members.index(self._rank), [ranks.index(r) for r in members])
 
-    def all_reduce_start(self, xs: Sequence[torch.Tensor]) -> _Reduction:
-        flat = torch.cat([_summable(x).reshape(-1) for x in xs])
-        work = dist.all_reduce(flat, async_op=True)
-        return _Reduction(work, flat, tuple(x.shape for x in xs))
-
-    def wait(self, handle: _Reduction) -> tuple[torch.Tensor, ...]:
-        handle.work.wait()
-        parts = handle.flat.split([shape.numel() for shape in handle.shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, handle.shapes, strict=True))
-
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-        # Backends gather equal parts only, so every part is padded to the longest one.
-        longest = max(sizes)
-        shape = [*x.shape[:dim], longest, *x.shape[dim + 1 :]]
-        if x.shape[dim] == longest:
-            mine = x.contiguous()
-        else:
-            mine = x.new_zeros(shape)
-            mine.narrow(dim, 0, x.shape[dim]).copy_(x)
-        parts = x.new_empty((self._size, *shape))
-        if parts.numel():
-            # As bytes: gathering does not compute, and backends know fewer dtypes than PyTorch.
-            dist.all_gather_single(parts.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8))
-        if dim == 0 and len(set(sizes)) == 1:
-            return parts.flatten(0, 1)
-        return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)
+    def _new_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
+        # Its threads inherit this thread's cores, and are to have those of the first group's: see `Worker.serve`.
+        own = _cores()
+        _stay_on(self._cores)
+        try:
+            # Only the members take part, so that it does not matter how many groups a large mesh has.
+            return dist.new_group(list(members), timeout=TIMEOUT, use_local_synchronization=True)
+        finally:
+            _stay_on(own)
 
 
-def _summable(x: torch.Tensor) -> torch.Tensor:
+class Group:
+    """`Peers` over a process group.
+
+    The backend takes the sums, but for those of half precision and those that are scattered: there every device
+    receives the terms of its part and adds them up. That rounds once and not at every hop, takes parts of any sizes,
+    and is faster than gloo's own reduce-scatter, which is an all-reduce.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, coordinates: Sequence[int]) -> None:
+        """`rank` is this device's in `group`, `coordinates` are those of all its devices, by rank."""
+        self._group = group
+        self._rank = rank
+        self._coordinates = coordinates
+        self._in_order = list(coordinates) == sorted(coordinates)
+
+    def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return wait(self.all_reduce_start((x,), kind))[0]
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor:
+        return wait(self.all_gather_start((x,), ((dim, sizes, blocks),)))[0]
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor:
+        return wait(self.reduce_scatter_start((x,), ((dim, sizes, blocks),)))[0]
+
+    def all_reduce_start(self, xs: Sequence[torch.Tensor], kind: str = "sum") -> Started:
+        _check_dtype(xs[0])
+        if kind == "sum" and xs[0].dtype in _HALVES:
+            return self._sum_halves_start(xs)
+        shapes = [x.shape for x in xs]
+        flat = xs[0].new_empty(_length(shapes))
+        _fill(flat, xs, shapes)
+        work = dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True) if flat.numel() else None
+        return Started(work, lambda: _views(flat, shapes))
+
+    def all_gather_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started:
+        parts = [[_part_shape(x, how, c) for x, how in zip(xs, cuts, strict=True)] for c in self._coordinates]
+        # Backends gather messages of one length, so each is as long as the longest one.
+        messages = xs[0].new_empty((len(parts), max(map(_length, parts))))
+        _fill(messages[self._rank], xs, parts[self._rank])
+        whole = [_whole_shape(x, how) for x, how in zip(xs, cuts, strict=True)]
+
+        def finish() -> Tensors:
+            if self._in_order and len(whole) == 1 and _consecutive(whole[0], cuts[0]):
+                return (messages.view(whole[0]),)
+            results = tuple(map(messages.new_empty, whole))
+            for message, shapes, c in zip(messages, parts, self._coordinates, strict=True):
+                for result, part, how in zip(results, _views(message, shapes), cuts, strict=True):
+                    target = cut(result, *how, c)
+                    target.copy_(part.view(target.shape))
+            return results
+
+        return Started(self._gather_start(messages), finish)
+
+    def reduce_scatter_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started:
+        _check_dtype(xs[0])
+        parts = [[cut(x, *how, c) for x, how in zip(xs, cuts, strict=True)] for c in self._coordinates]
+        lengths = [sum(part.numel() for part in of_device) for of_device in parts]
+        terms = xs[0].new_empty(sum(lengths))
+        flat_parts = [part for of_device in parts for part in of_device]
+        _fill(terms, flat_parts, [part.shape for part in flat_parts])
+        own = self._coordinates[self._rank]
+        shapes = [_part_shape(x, how, own) for x, how in zip(xs, cuts, strict=True)]
+        work, received = self._exchange_start(terms, lengths)
+        return Started(work, lambda: _views(total(received), shapes), terms)
+
+    def _sum_halves_start(self, xs: Sequence[torch.Tensor]) -> Started:
+        """Every device adds up an equal stretch of the message; the stretches are gathered when they are waited for."""
+        shapes = [x.shape for x in xs]
+        size = len(self._coordinates)
+        stretches = xs[0].new_empty((size, -(-_length(shapes) // size)))
+        flat = stretches.view(-1)
+        _fill(flat, xs, shapes)
+        work, received = self._exchange_start(flat, [stretches.shape[1]] * size)
+
+        def finish() -> Tensors:
+            stretches[self._rank] = total(received)
+            gathered = self._gather_start(stretches)
+            if gathered is not None:
+                gathered.wait()
+            return _views(flat, shapes)
+
+        return Started(work, finish)
+
+    def _gather_start(self, messages: torch.Tensor) -> dist.Work | None:
+        """Fills `messages`, [devices, length], of which this device's own is filled already."""
+        if not messages.numel():
+            return None
+        # As bytes: gathering does not compute, and backends know fewer dtypes than PyTorch.
+        everything, own = messages.view(-1).view(torch.uint8), messages[self._rank].view(torch.uint8)
+        return dist.all_gather_single(everything, own, group=self._group, async_op=True)
+
+    def _exchange_start(self, message: torch.Tensor, lengths: Sequence[int]) -> tuple[dist.Work | None, torch.Tensor]:
+        """Sends every device its stretch of `message`, of so many `lengths`; what comes in is [devices, own length]."""
+        length = lengths[self._rank]
+        received = message.new_empty((len(lengths), length))
+        if not message.numel():
+            return None, received
+        work = dist.all_to_all_single(
+            received.view(-1), message, [length] * len(lengths), list(lengths), self._group, async_op=True
+        )
+        return work, received
+
+
+def _check_dtype(x: torch.Tensor) -> None:
     if x.dtype not in _SUMMABLE:
         raise TypeError(f"{x.dtype} tensors cannot be summed over devices: convert to one of {_names(_SUMMABLE)} first")
-    return x
 
 
 def _names(dtypes: frozenset[torch.dtype]) -> str:
     return ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+
+
+# Shapes and messages.
+
+
+def _part_shape(x: torch.Tensor, how: Cut, coordinate: int) -> Shape:
+    dim, sizes, blocks = how
+    return (*x.shape[:dim], sizes[coordinate] * blocks, *x.shape[dim + 1 :])
+
+
+def _whole_shape(x: torch.Tensor, how: Cut) -> Shape:
+    dim, sizes, blocks = how
+    return (*x.shape[:dim], sum(sizes) * blocks, *x.shape[dim + 1 :])
+
+
+def _consecutive(shape: Shape, how: Cut) -> bool:
+    """Whether the parts of a tensor of `shape`, of one length and one after another, are the tensor."""
+    dim, sizes, blocks = how
+    return len(set(sizes)) == 1 and math.prod(shape[:dim]) * blocks == 1
+
+
+def _length(shapes: Sequence[Shape]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _views(flat: torch.Tensor, shapes: Sequence[Shape]) -> Tensors:
+    """Tensors of `shapes`, one after another from the beginning of `flat`."""
+    found, start = [], 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        found.append(flat[start:end].view(shape))
+        start = end
+    return tuple(found)
+
+
+def _fill(flat: torch.Tensor, xs: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> None:
+    for view, x in zip(_views(flat, shapes), xs, strict=True):
+        assert view.shape == x.shape, (view.shape, x.shape)  # copying would broadcast
+        view.copy_(x)
+
+
+# Cores.
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _stay_on(cores: set[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)

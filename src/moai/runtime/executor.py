@@ -1,6 +1,6 @@
 """Executor: one device's way through a Program.
 
-In: a Program, the device's rank, its collectives; then, at each run, local tensors and scalars. Out: local tensors.
+In: a Program, the device's rank, the other devices; then, at each run, local tensors and scalars. Out: local tensors.
 
 The first run is interpreted and checked, shape by shape; later runs are one generated function. Either way an
 instruction that fails is named.
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from moai.graph.ops import random_rows
-from moai.graph.placement import local_shape
+from moai.graph.placement import Mesh, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
 from moai.lower.program import Instruction, PerRank, Program, Slot
-from moai.runtime import codegen, collectives
-from moai.runtime.codegen import Call
-from moai.runtime.collectives import Collectives
+from moai.runtime import codegen, collectives, loops
+from moai.runtime.codegen import Call, PerPass
+from moai.runtime.collectives import Network, Peers
 
 
 class InstructionError(RuntimeError):
@@ -35,11 +35,15 @@ class InstructionError(RuntimeError):
 class Executor:
     """See the module docstring. Not thread-safe but for `position`."""
 
-    def __init__(self, program: Program, rank: int, device: torch.device, peers: Collectives) -> None:
-        """Raises RuntimeError for an operator that this PyTorch does not have."""
+    def __init__(self, program: Program, rank: int, device: torch.device, network: Network | None) -> None:
+        """Meets the peers of the program's collectives; `network` is None for an accelerator of one device.
+
+        Raises RuntimeError for an operator that this PyTorch does not have, InstructionError if peers are gone.
+        """
         self.program = program
-        self._rank = rank
-        self._calls = [_bind(i, rank, device, peers) for i in program.instructions]
+        self._place = _Place(program.mesh, rank)
+        self._calls = _Binding(program, self._place, device, network).calls()
+        self._carried = loops.carried(program)
         self._function, self._code = self._compile()
         self._checked = False
         self._checking: int | None = None
@@ -82,7 +86,7 @@ class Executor:
         return None
 
     def _compile(self) -> tuple[Callable[..., list[torch.Tensor]], CodeType]:
-        source, namespace = codegen.generate(self.program, self._calls)
+        source, namespace = codegen.generate(self.program, self._calls, self._carried)
         filename = f"<program {self.program.name}>"
         exec(compile(source, filename, "exec"), namespace)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -106,46 +110,53 @@ class Executor:
             raise self._failed(index, error, lambda ref: variables.get(f"v{ref.id}")) from error
 
     def _run_checked(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
-        values: dict[int, Any] = {slot.id: x for slot, x in zip(self.program.inputs, inputs, strict=True)}
+        values: dict[int, Any] = dict.fromkeys(self._carried)
+        values.update(zip((slot.id for slot in self.program.inputs), inputs, strict=True))
         inputs.clear()
+        try:
+            for index, step in loops.order(self.program):
+                self._checking = index
+                self._execute(index, step, values, scalars)
+        finally:
+            self._checking = None
+        return [values[slot.id] for slot in self.program.outputs]
+
+    def _execute(self, index: int, step: int, values: dict[int, Any], scalars: Sequence[float | int]) -> None:
+        instruction, call = self.program.instructions[index], self._calls[index]
+        assert call is not None
 
         def filled(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
                 return values[leaf.id]
-            return scalars[leaf.index] if isinstance(leaf, Scalar) else leaf
+            if isinstance(leaf, Scalar):
+                return scalars[leaf.index]
+            return leaf.values[step] if isinstance(leaf, PerPass) else leaf
 
         try:
-            for index, (instruction, call) in enumerate(zip(self.program.instructions, self._calls, strict=True)):
-                self._checking = index
-                try:
-                    result = call.function(*map_args(call.args, filled), **map_args(call.kwargs, filled))
-                except Exception as error:
-                    raise self._failed(index, error, lambda ref: values.get(ref.id)) from error
-                _bind_outs(instruction.outs, result, values)
-                del result
-                self._check_shapes(index, values)
-                for dead in instruction.frees:
-                    del values[dead]
-        finally:
-            self._checking = None
-        return [values[slot.id] for slot in self.program.outputs]
+            result = call.function(*map_args(call.args, filled), **map_args(call.kwargs, filled))
+        except Exception as error:
+            raise self._failed(index, error, lambda ref: values.get(ref.id)) from error
+        _bind_outs(instruction.outs, result, values)
+        self._check_shapes(index, step, values)
+        for dead in instruction.frees:
+            del values[dead]
 
     def _check_slots(self, kind: str, slots: Sequence[Slot], tensors: Sequence[torch.Tensor]) -> None:
         for slot, x in zip(slots, tensors, strict=True):
             self._check_slot(kind, slot, x)
 
     def _check_slot(self, kind: str, slot: Slot, x: torch.Tensor) -> None:
-        expected = local_shape(slot.type.shape, slot.placement, self._rank)
+        expected = local_shape(slot.type.shape, slot.placement, self.program.mesh, self._place.at)
         if tuple(x.shape) != expected or x.dtype != slot.type.dtype:
             raise RuntimeError(
                 f"{kind} %{slot.id} of program {self.program.name} should be {slot.type.dtype} of local shape "
                 f"{list(expected)}, but is {x.dtype} {list(x.shape)}: this is a bug of MoAI, please report it"
             )
 
-    def _check_shapes(self, index: int, values: dict[int, Any]) -> None:
+    def _check_shapes(self, index: int, step: int, values: dict[int, Any]) -> None:
         instruction = self.program.instructions[index]
         for id, shape in zip(flat_ids(instruction.outs), instruction.shapes, strict=False):
-            expected = list(map_args(shape, lambda n: _of_rank(n, self._rank)))
+            expected = [self._place.in_pass(n, step) for n in shape]
             actual = values[id]
             if isinstance(actual, torch.Tensor) and list(actual.shape) != expected:
                 raise InstructionError(
@@ -161,6 +172,7 @@ class Executor:
 
     def _failed(self, index: int, error: Exception, value_of: Callable[[Ref], Any]) -> InstructionError:
         call = self._calls[index]
+        assert call is not None
         given = ", ".join(_describe(value_of(ref)) for ref in refs((call.args, call.kwargs)))
         return InstructionError(
             f"{self._name(index)} failed on ({given}): {type(error).__name__}: {error}",
@@ -168,21 +180,72 @@ class Executor:
         )
 
 
-def _bind(instruction: Instruction, rank: int, device: torch.device, peers: Collectives) -> Call:
-    args = map_args(instruction.args, lambda leaf: _of_rank(leaf, rank))
-    kwargs = map_args(instruction.kwargs, lambda leaf: _of_rank(leaf, rank))
-    if instruction.op in collectives.NAMES:
-        return Call(getattr(peers, instruction.op), args, kwargs)
-    if instruction.op == "moai.random.default":
-        return Call(random_rows, args, {**kwargs, "device": device})
-    operator = _operator(instruction)
-    if instruction.op == "moai.randperm.default":
-        return Call(lambda *a, **kw: operator(*a, **kw).to(device), args, kwargs)
-    return _on_device(operator, args, kwargs, device)
+class _Place:
+    """Where a device is in the mesh: `PerRank` -> number."""
+
+    def __init__(self, mesh: Mesh, rank: int) -> None:
+        self._mesh = mesh
+        self._rank = rank
+        self.at = mesh.coordinates(rank)
+
+    def in_pass(self, leaf: Any, step: int) -> Any:
+        """The number of a `PerRank` in pass `step`; other things are left as they are."""
+        if not isinstance(leaf, PerRank):
+            return leaf
+        return leaf.values[self._mesh.index(leaf.axes, self._mesh.coordinates(self._rank, step))]
+
+    def in_every_pass(self, leaf: Any) -> Any:
+        """The same, as `PerPass` where passes differ."""
+        if not isinstance(leaf, PerRank):
+            return leaf
+        numbers = tuple(self.in_pass(leaf, step) for step in range(self._mesh.steps))
+        return numbers[0] if len(set(numbers)) == 1 else PerPass(numbers)
 
 
-def _of_rank(leaf: Any, rank: int) -> Any:
-    return leaf.values[rank] if isinstance(leaf, PerRank) else leaf
+class _Binding:
+    """Instruction -> `Call`, for one device."""
+
+    def __init__(self, program: Program, place: _Place, device: torch.device, network: Network | None) -> None:
+        self._program = program
+        self._place = place
+        self._device = device
+        self._network = network
+
+    def calls(self) -> list[Call | None]:
+        """In the order of the instructions; None for the bounds of a loop."""
+        return [self._call(i) for i in self._program.instructions]
+
+    def _call(self, instruction: Instruction) -> Call | None:
+        op = instruction.op
+        if op in (loops.REPEAT, loops.END_REPEAT):
+            return None
+        args = map_args(instruction.args, self._place.in_every_pass)
+        kwargs = map_args(instruction.kwargs, self._place.in_every_pass)
+        if op == collectives.WAIT:
+            return Call(collectives.wait, args, kwargs)
+        if op in collectives.NAMES:
+            x, axes, *how = args
+            return Call(getattr(self._peers(instruction, axes), op), (x, *how), kwargs)
+        if op in loops.CARRYING:
+            return Call(getattr(loops, op), (Ref(instruction.outs), *args), kwargs)
+        if op in loops.NAMES:
+            return Call(getattr(loops, op), args, kwargs)
+        if op == "moai.random.default":
+            return Call(random_rows, args, {**kwargs, "device": self._device})
+        operator = _operator(instruction)
+        if op == "moai.randperm.default":
+            return Call(lambda *a, **kw: operator(*a, **kw).to(self._device), args, kwargs)
+        return _on_device(operator, args, kwargs, self._device)
+
+    def _peers(self, instruction: Instruction, axes: Sequence[str]) -> Peers:
+        assert self._network is not None, f"{instruction} on an accelerator of one device"
+        try:
+            return self._network.over(self._program.mesh, axes)
+        except Exception as error:
+            raise InstructionError(
+                f"program {self._program.name} cannot meet its peers over {', '.join(axes)}: {error}",
+                in_collective=True,
+            ) from error
 
 
 def _operator(instruction: Instruction) -> torch._ops.OpOverload:

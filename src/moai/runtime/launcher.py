@@ -95,13 +95,14 @@ class LocalLauncher:
 
     def __init__(self) -> None:
         self._children: list[_Child] = []
+        self._store: TCPStore | None = None  # to be served as long as there are workers: they meet in ever new groups
 
     def start(self, devices: Sequence[Device], timeout: float) -> list[Worker]:
         deadline = time.monotonic() + timeout
         secret = secrets.token_bytes(32)
         try:
             with socket.create_server((self.HOST, 0), backlog=len(devices)) as listener:
-                store = host_store(self.HOST)
+                self._store = store = host_store(self.HOST)
                 for rank, device in enumerate(devices):
                     spec = WorkerSpec(
                         rank=rank,
@@ -123,6 +124,7 @@ class LocalLauncher:
         for child in self._children:
             child.stop(max(0.0, deadline - time.monotonic()))
         self._children.clear()
+        self._store = None
 
 
 class _Child:

@@ -22,8 +22,9 @@ from multiprocessing.connection import Client
 import torch
 from torch.distributed import TCPStore
 
+from moai.lower.program import Program
 from moai.runtime import messages as m
-from moai.runtime.collectives import NAMES, Alone, Collectives, Group
+from moai.runtime.collectives import NAMES, Distributed, Network
 from moai.runtime.executor import Executor, InstructionError
 from moai.runtime.launcher import WorkerSpec
 from moai.runtime.transport import PIECE_BYTES, Channel, memory_of, pieces
@@ -40,11 +41,12 @@ class Worker:
         self._spec = spec
         self._channel = channel
         self._device = torch.device(spec.device.torch_name)
-        self._collectives: Collectives = Alone()
+        self._network: Network | None = None
         self._buffers: dict[int, torch.Tensor] = {}
         self._executors: dict[str, Executor] = {}
         self._inbox: queue.SimpleQueue[tuple[m.Command, torch.Tensor | None]] = queue.SimpleQueue()
         self._doing = ""
+        self._loading = False
         self._executor: Executor | None = None
         self._executed = 0
         self._meter = _Meter(self._device)
@@ -76,7 +78,7 @@ class Worker:
             torch.cuda.set_device(self._device)
         if self._spec.size > 1:
             store = TCPStore(*self._spec.store, is_master=False)
-            self._collectives = Group(self._device, self._spec.rank, self._spec.size, store)
+            self._network = Distributed(self._device, self._spec.rank, self._spec.size, store)
 
     # The receiving thread.
 
@@ -127,12 +129,17 @@ class Worker:
                 case m.Free():
                     self._free(command)
                 case m.Load(program):
-                    self._doing = f"load program {program.name}"
-                    self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._collectives)
+                    self._load(program)
                 case m.Unload(names):
                     for name in names:
                         self._executors.pop(name, None)
             self._doing = ""
+
+    def _load(self, program: Program) -> None:
+        self._doing = f"load program {program.name}"
+        self._loading = True
+        self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._network)
+        self._loading = False
 
     def _run(self, command: m.Run) -> None:
         executor = self._executors[command.program]
@@ -183,7 +190,8 @@ class Worker:
             pass  # the receiving thread ends the process
 
     def _pulse(self, request: int) -> m.Pulse:
-        executed, doing, in_collective = self._executed, self._doing, False
+        # Loading a program, a worker meets those that it will exchange tensors with, and so may wait for them.
+        executed, doing, in_collective = self._executed, self._doing, self._loading
         executor = self._executor
         position = executor.position(sys._current_frames().get(self._main)) if executor else None
         if executor and position is not None:
