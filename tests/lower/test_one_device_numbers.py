@@ -336,7 +336,7 @@ def test_attention():
         return (out, *(x.transpose(-1, -2).reshape(-1, 4, 5).sum(0) @ g.sum((0, 1)) for g in grads))
 
     params = [torch.randn(4, 4) for _ in range(3)]
-    check(step, params, [torch.randn(7, 2, 5, 4), torch.randn(7, 1, 5, 5)])
+    check(step, params, [torch.randn(7, 6, 5, 4), torch.randn(7, 1, 5, 5)])
 
 
 def test_rms_norm_and_layer_norm_kernels():

@@ -45,10 +45,9 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     plan = _fitted(graph, plan, given)
     mesh = plan.mesh
     nodes, types, outputs = canonical(graph)
-    nodes, types, tp_shards = tensor_parallel(nodes, types, graph.inputs, plan)
-    arriving = arrivals(graph, plan, mesh, given, tp_shards)
-
     values = Values(types, mesh)
+    nodes, tp_shards = tensor_parallel(nodes, values, graph.inputs, plan)
+    arriving = arrivals(graph, plan, mesh, given, tp_shards)
     placer = _placer(graph, plan, values, nodes, arriving)
     for node in nodes:
         placer.add(node)
@@ -104,15 +103,13 @@ def _fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     return replace(plan, micro=most)
 
 
-def _placer(
-    graph: StepGraph, plan: Plan, values: Values, nodes: Sequence[Node], arriving: Sequence[Arrival]
-) -> Placer:
+def _placer(graph: StepGraph, plan: Plan, values: Values, nodes: Sequence[Node], arriving: Sequence[Arrival]) -> Placer:
     """The placer, with the inputs in their places."""
     states = {
         i.id: a.wanted.shards for i, a in zip(graph.inputs, arriving, strict=True) if not i.batch and a.wanted.shards
     }
     stored = {i.id for i, a in zip(graph.inputs, arriving, strict=True) if a.stored}
-    placer = Placer(values, plan, stored, wishes(nodes, list(values.types.values()), states) if stored else {})
+    placer = Placer(values, plan, stored, wishes(nodes, values.types, states) if stored else {})
     for input_, arrival in zip(graph.inputs, arriving, strict=True):
         values.place(input_.id, arrival.present)
     for input_, arrival in zip(graph.inputs, arriving, strict=True):

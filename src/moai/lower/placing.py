@@ -38,6 +38,7 @@ from moai.lower.decompose import decompose
 from moai.lower.lanes import Lane, lanes_of
 from moai.lower.localise import localised
 from moai.lower.moving import moved, next_placement
+from moai.lower.operators import is_view
 from moai.lower.program import Instruction
 from moai.lower.values import Values
 from moai.plan.plan import Plan
@@ -70,6 +71,7 @@ class Placer:
         self._sums: dict[int, int] = {}  # values left in terms -> their sum
         self._begun: dict[int, int] = {}  # inputs -> what the nodes use in their stead
         self._constants: dict[int, Node] = {}  # values made from numbers alone, by their node
+        self._strided: set[int] = set()  # views, whose entries may lie apart
         self._noted: set[str] = set()
 
     def begin(self, id_: int, wanted: Placement) -> None:
@@ -100,7 +102,8 @@ class Placer:
             key = (id_, step, use)
             if key not in self._elsewhere:
                 self._elsewhere[key], code = moved(self._values, found, step, origin.where)
-                self.code += code
+                for instruction in code:
+                    self._append(instruction)
                 if use is not None:
                     self.remade.add(self._elsewhere[key])
             found = self._elsewhere[key]
@@ -251,6 +254,8 @@ class Placer:
             own = self._lane(call, lane, [ids[p] for p in lane.inputs], [ids[p] for p in shared], outputs)
             for p, id_ in zip(lane.inputs, own, strict=True):
                 ids[p] = id_
+        if call.op.name().startswith("aten::_fused_"):
+            ids = [self._dense(i, origin) for i in ids]
         self._emit(node, ids, outputs)
 
     def _lane(self, call: Call, lane: Lane, own: list[int], shared: list[int], outputs: list[Placement]) -> list[int]:
@@ -274,6 +279,16 @@ class Placer:
             self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
             for i, f in zip(own, dims.inputs, strict=True)
         ]
+
+    def _dense(self, id_: int, origin: Origin) -> int:
+        """Value `id_` in memory of its own order: kernels of fused optimizers walk through it from end to end."""
+        if id_ not in self._strided:
+            return id_
+        out = self._values.new(self._values.type(id_), self._at(id_))
+        shapes = (self._values.local_shape(out),)
+        kwargs = {"memory_format": torch.contiguous_format}
+        self.code.append(Instruction(str(aten.clone.default), (Ref(id_),), kwargs, out, (), shapes, origin.where))
+        return out
 
     def _add_norms(self, node: Node, ids: Sequence[int]) -> None:
         """Norms of tensors some of which lie in parts: one by one, so that each can be a sum over its parts."""
@@ -329,7 +344,12 @@ class Placer:
             (node.args, node.kwargs), lambda leaf: Ref(next(replaced)) if isinstance(leaf, Ref) else leaf
         )
         shapes = tuple(self._values.local_shape(o) for o in outs)
-        self.code.append(Instruction(str(node.op), args, kwargs, node.outs, (), shapes, node.origin.where))
+        self._append(Instruction(str(node.op), args, kwargs, node.outs, (), shapes, node.origin.where))
+
+    def _append(self, instruction: Instruction) -> None:
+        if is_view(instruction.op):
+            self._strided.update(flat_ids(instruction.outs))
+        self.code.append(instruction)
 
     def _at(self, id_: int) -> Placement:
         return self._values.placement(id_)

@@ -15,7 +15,7 @@ from moai.lower.lanes import lanes_of
 Wishes = dict[int, tuple[Shard, ...]]
 
 
-def wishes(nodes: Sequence[Node], types: Sequence[TensorType], states: Mapping[int, tuple[Shard, ...]]) -> Wishes:
+def wishes(nodes: Sequence[Node], types: Mapping[int, TensorType], states: Mapping[int, tuple[Shard, ...]]) -> Wishes:
     """`states`: the shards of inputs that are spread. A wish goes with tensors of one shape through operators that work
     entry by entry: forwards from a state to its new content, and backwards from there to the gradient."""
     found: Wishes = dict(states)
@@ -29,7 +29,7 @@ def wishes(nodes: Sequence[Node], types: Sequence[TensorType], states: Mapping[i
     return _to_the_source(nodes, types, found)
 
 
-def _alike(node: Node, types: Sequence[TensorType]) -> Iterator[list[int]]:
+def _alike(node: Node, types: Mapping[int, TensorType]) -> Iterator[list[int]]:
     """Inputs and results of a node that have one shape, and go together."""
     inputs, outputs = [r.id for r in refs((node.args, node.kwargs))], list(flat_ids(node.outs))
     lanes = lanes_of(node)
@@ -40,14 +40,14 @@ def _alike(node: Node, types: Sequence[TensorType]) -> Iterator[list[int]]:
         yield _of_largest_shape([*(inputs[p] for p in lane.inputs), *(outputs[p] for p in lane.outputs)], types)
 
 
-def _of_largest_shape(ids: Sequence[int], types: Sequence[TensorType]) -> list[int]:
+def _of_largest_shape(ids: Sequence[int], types: Mapping[int, TensorType]) -> list[int]:
     if not ids:
         return []
     shape = max((types[i] for i in ids), key=lambda t: t.numel).shape
     return [i for i in ids if types[i].shape == shape]
 
 
-def _to_the_source(nodes: Sequence[Node], types: Sequence[TensorType], found: Wishes) -> Wishes:
+def _to_the_source(nodes: Sequence[Node], types: Mapping[int, TensorType], found: Wishes) -> Wishes:
     """Gradients are scaled and clipped, and perhaps cast, before the optimizer meets them."""
     for node in reversed(nodes):
         if node.origin.phase != "optimizer":
