@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ def spread(figures: Mapping[str, float], scale: float = 1.0, digits: int = 3) ->
     """Quartiles as "median (q25-q75)"."""
     median, q25, q75 = (f"{figures[k] * scale:.{digits}f}" for k in ("median", "q25", "q75"))
     return f"{median} ({q25}-{q75})"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, with a cell in every row for each of `head`."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def provenance() -> dict[str, Any]:
@@ -71,6 +77,19 @@ def cpu_seconds(pid: int) -> float:
         used = process.cpu_times()
         total += used.user + used.system + used.children_user + used.children_system
     return total
+
+
+def peak_bytes(pid: int) -> int:
+    """The most resident memory that a process has had so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/{pid}/status does not tell the process's peak memory")
+
+
+def workers(pid: int) -> list[int]:
+    """The process ids of the workers that a script has."""
+    return [child.pid for child in psutil.Process(pid).children() if "moai.runtime.worker" in child.cmdline()]
 
 
 class Neighbours:
