@@ -110,6 +110,8 @@ class _Devices:
                     self.step, index = self.step + 1, start
                 else:
                     self.step = None
+                    for rank in range(self.mesh.n_devices):
+                        self._free(instruction, rank)
             else:
                 self._execute(instruction)
             index += 1

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +14,21 @@ from moai.runtime.executor import Executor, InstructionError
 from tests.runtime.programs import each, f32, mesh, op, program, slot, split
 
 CPU = torch.device("cpu")
+
+
+class Lookout:
+    """A network whose all_reduce only looks, at what is alive in the middle of a program."""
+
+    def __init__(self, look: Callable[[torch.Tensor, str], None]) -> None:
+        self._look = look
+
+    def over(self, mesh: Mesh, axes: Sequence[str]) -> "Lookout":
+        return self
+
+    def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        gc.collect()
+        self._look(x, kind)
+        return x.clone()
 
 
 def executor(p: Program, rank: int = 0) -> Executor:
@@ -91,14 +107,8 @@ def test_random_rows_do_not_depend_on_the_split() -> None:
 def test_inputs_are_freed_at_their_last_use() -> None:
     died: list[bool] = []
 
-    class Peers:
-        def over(self, mesh: Mesh, axes: tuple[str, ...]) -> "Peers":
-            return self
-
-        def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-            gc.collect()
-            died.append(gone() is None)
-            return x
+    def look(x: torch.Tensor, kind: str) -> None:
+        died.append(gone() is None)
 
     p = program(
         1,
@@ -107,7 +117,7 @@ def test_inputs_are_freed_at_their_last_use() -> None:
         op("aten.neg.default", Ref(0), outs=1, frees=(0,)),
         op("all_reduce", Ref(1), ("dp",), "sum", outs=2, frees=(1,)),
     )
-    e = Executor(p, 0, CPU, Peers())
+    e = Executor(p, 0, CPU, Lookout(look))
     for _ in range(2):
         inputs = [torch.ones(4)]
         gone = weakref.ref(inputs[0])
@@ -297,19 +307,39 @@ def test_an_operator_that_fails_in_a_loop_is_named(runs_before: int) -> None:
         e.run([torch.tensor([1.0, 1.0, 0.0])], [])
 
 
+def test_what_all_passes_use_is_freed_behind_the_last() -> None:
+    died: list[bool] = []
+
+    def look(x: torch.Tensor, kind: str) -> None:
+        died.append(gone() is None)
+
+    p = program(
+        mesh(micro=2),
+        [slot(0, f32(4), donated=True)],
+        [slot(4, f32())],
+        op("repeat"),
+        op("aten.sum.default", Ref(0), outs=1),
+        op("all_reduce", Ref(1), ("dp",), "sum", outs=2, frees=(1,)),
+        op("accumulate", Ref(2), True, outs=3, frees=(2,)),
+        op("end_repeat", frees=(0,)),
+        op("all_reduce", Ref(3), ("dp",), "sum", outs=4, frees=(3,)),
+    )
+    e = Executor(p, 0, CPU, Lookout(look))
+    for _ in range(2):
+        inputs = [torch.ones(4)]
+        gone = weakref.ref(inputs[0])
+        assert e.run(inputs, [])[0].item() == 8
+    assert died == [False, False, True] * 2
+
+
 def test_what_a_pass_collects_and_another_takes_is_freed_at_once() -> None:
     alive: list[int] = []
     refs: list[weakref.ref] = []
 
-    class Peers:
-        def over(self, mesh: Mesh, axes: tuple[str, ...]) -> "Peers":
-            return self
-
-        def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-            if kind == "sum":
-                refs.append(weakref.ref(x))
-            alive.append(sum(r() is not None for r in refs))
-            return torch.zeros(1)
+    def look(x: torch.Tensor, kind: str) -> None:
+        if kind == "sum":
+            refs.append(weakref.ref(x))
+        alive.append(sum(r() is not None for r in refs))
 
     p = program(
         mesh(micro=3),
@@ -324,9 +354,9 @@ def test_what_a_pass_collects_and_another_takes_is_freed_at_once() -> None:
         op("take", Ref(2), outs=3, frees=(3,)),
         op("aten.zeros.default", (1,), outs=4),
         op("all_reduce", Ref(4), ("dp",), "max", outs=5, frees=(4, 5)),
-        op("end_repeat"),
+        op("end_repeat", frees=(2,)),
     )
-    e = Executor(p, 0, CPU, Peers())
+    e = Executor(p, 0, CPU, Lookout(look))
     for _ in range(2):
         e.run([], [])
     assert alive == [1, 2, 3, 2, 1, 0] * 2

@@ -45,7 +45,7 @@ def generate(program: Program, calls: Sequence[Call | None], carried: Sequence[i
     lines = [
         "def run(inputs, scalars):",
         f"    {_targets(f'v{slot.id}' for slot in program.inputs)} = inputs; inputs.clear()",
-        f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars" + _cleared([f"v{id}" for id in carried]),
+        f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars; {_cleared(carried)}",
     ]
     indent = "    "
     for instruction, call in zip(program.instructions, calls, strict=True):
@@ -55,8 +55,8 @@ def generate(program: Program, calls: Sequence[Call | None], carried: Sequence[i
             lines.append(f"    for i in range({program.mesh.steps}):")
             indent = "        "
         else:
-            lines.append("        pass")
             indent = "    "
+            lines.append(indent + (_cleared(instruction.frees) or "pass"))
     lines.append(f"    return [{', '.join(f'v{slot.id}' for slot in program.outputs)}]")
     return "\n".join(lines) + "\n", constants.globals
 
@@ -65,16 +65,18 @@ def _statement(instruction: Instruction, call: Call, constants: _Constants) -> s
     args = [constants.source(a) for a in call.args]
     args += [f"{name}={constants.source(a)}" for name, a in call.kwargs.items()]
     statement = f"{constants.named('f', call.function)}({', '.join(args)})"
-    dead = [f"v{id}" for id in instruction.frees]
+    unused = False
     if any(True for _ in flat_ids(instruction.outs)):
         statement = f"{_target(instruction.outs)} = {statement}"
-        if isinstance(instruction.outs, tuple) and "_" in _target(instruction.outs):
-            dead.append("_")
-    return statement + _cleared(dead)
+        unused = isinstance(instruction.outs, tuple) and "_" in _target(instruction.outs)
+    dead = _cleared(instruction.frees, *["_"] * unused)
+    return f"{statement}; {dead}" if dead else statement
 
 
-def _cleared(names: Sequence[str]) -> str:
-    return f"; {' = '.join(names)} = None" if names else ""
+def _cleared(ids: Iterable[int], *names: str) -> str:
+    """The statement that lets go of values; "" if there are none."""
+    targets = [*(f"v{id}" for id in ids), *names]
+    return " = ".join([*targets, "None"]) if targets else ""
 
 
 def _targets(names: Iterable[str]) -> str:

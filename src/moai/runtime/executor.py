@@ -123,7 +123,6 @@ class Executor:
 
     def _execute(self, index: int, step: int, values: dict[int, Any], scalars: Sequence[float | int]) -> None:
         instruction, call = self.program.instructions[index], self._calls[index]
-        assert call is not None
 
         def filled(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
@@ -132,12 +131,13 @@ class Executor:
                 return scalars[leaf.index]
             return leaf.values[step] if isinstance(leaf, PerPass) else leaf
 
-        try:
-            result = call.function(*map_args(call.args, filled), **map_args(call.kwargs, filled))
-        except Exception as error:
-            raise self._failed(index, error, lambda ref: values.get(ref.id)) from error
-        _bind_outs(instruction.outs, result, values)
-        self._check_shapes(index, step, values)
+        if call is not None:
+            try:
+                result = call.function(*map_args(call.args, filled), **map_args(call.kwargs, filled))
+            except Exception as error:
+                raise self._failed(index, error, lambda ref: values.get(ref.id)) from error
+            _bind_outs(instruction.outs, result, values)
+            self._check_shapes(index, step, values)
         for dead in instruction.frees:
             del values[dead]
 

@@ -23,7 +23,10 @@ def carried(program: Program) -> tuple[int, ...]:
 
 
 def order(program: Program) -> Iterator[tuple[int, int]]:
-    """(index of an instruction, pass of its loop) as they are executed; the pass is 0 where there is no loop."""
+    """(index of an instruction, pass of its loop) as they are executed; the pass is 0 where there is no loop.
+
+    The end of a loop comes once, behind the last pass: it frees what all of them used.
+    """
     ops = [i.op for i in program.instructions]
     index = 0
     while index < len(ops):
@@ -32,8 +35,7 @@ def order(program: Program) -> Iterator[tuple[int, int]]:
             for step in range(program.mesh.steps):
                 yield from ((inner, step) for inner in range(index + 1, end))
             index = end
-        else:
-            yield index, 0
+        yield index, 0
         index += 1
 
 
