@@ -27,9 +27,10 @@ def enable_advanced_parallelization(
     Raises TypeError or ValueError for an argument that is none of these.
     """
     from moai.device import alias, options
+    from moai.plan.options import Options
 
     options.enable(
-        options.Options(
+        Options(
             pipeline_parallel=pipeline_parallel,
             num_stages=num_stages,
             num_micro_batches=num_micro_batches,

@@ -7,7 +7,7 @@ import torch
 
 import moreh
 from moai.device import alias, options
-from moai.device.options import Options
+from moai.plan.options import Options
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,13 @@ def test_the_script_reaches_it_by_every_spelling():
 
 def test_nothing_is_in_force_before_the_script_asks():
     assert options.current() is None
+
+
+def test_the_environment_asks_for_the_defaults_and_the_script_for_others():
+    environ = {"MOREH_ENABLE_ADVANCED_PARALLELIZATION": "1"}
+    assert options.current(environ) == Options()
+    moreh.option.enable_advanced_parallelization(num_micro_batches=8)
+    assert options.current(environ) == Options(num_micro_batches=8)
 
 
 def test_asking_puts_the_defaults_in_force_and_turns_the_accelerator_on():

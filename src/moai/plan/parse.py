@@ -1,0 +1,99 @@
+"""The text of a forced plan: "dp=2,tp=2,micro=4,recompute=full,distribute_param=true".
+
+In: the value of MOAI_PLAN or --plan, and how many devices there are. Out: a Plan that is possible on them, or a
+PlanError that says what is wrong and what is possible. `str(plan)` is the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from moai.plan.errors import PlanError
+from moai.plan.nearest import nearest, obstacle
+from moai.plan.plan import Plan
+
+VARIABLE = "MOAI_PLAN"
+
+_COUNTS = ("dp", "tp", "pp", "micro", "shard")
+_WORDS: dict[str, dict[str, Any]] = {
+    "recompute": {"none": "none", "default": "default", "full": "full"},
+    "distribute_param": {"true": True, "false": False},
+    "distribute_low_prec_param": {"true": True, "false": False},
+    "precision": {"fp32": "fp32", "bf16": "bf16", "fp64": "fp64"},
+}
+_KEYS = (*_COUNTS, *_WORDS)
+_MOST_DIGITS = 9
+_ALIKE = 0.8  # "micor" is like "micro", "fp16" is not like "fp64"
+
+
+def parse(text: str, n_devices: int, source: str = VARIABLE) -> Plan:
+    """The plan that `text` describes on an accelerator of `n_devices` devices; `source` is where it was written.
+
+    Upper and lower case are the same, and spaces do not count. Without dp, it is what tp and pp leave of the devices;
+    the other keys have Plan's defaults. Raises PlanError.
+    """
+    reader = _Reader()
+    for item in text.split(","):
+        reader.read(item.strip().lower())
+    plan = _completed(reader.values, n_devices)
+    reason = "; ".join(reader.mistakes) or _obstacle(plan, reader.values, n_devices)
+    if reason:
+        raise PlanError(f'{source}="{text}": {reason}.', nearest(plan, n_devices))
+    return plan
+
+
+class _Reader:
+    """Collects the values of the keys, and the mistakes; where it is plain what was meant, the value all the same."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.mistakes: list[str] = []
+
+    def read(self, item: str) -> None:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            self.mistakes.append(f'"{item}" is not of the form KEY=VALUE' if item else "a KEY=VALUE is missing")
+            return
+        known = self._known(key, _KEYS, f'there is no key "{key}"')
+        if known is None:
+            return
+        if known in self.values:
+            self.mistakes.append(f"{known} is given twice")
+            return
+        found = self._count(known, value) if known in _COUNTS else self._word(known, value)
+        if found is not None:
+            self.values[known] = found
+
+    def _count(self, key: str, value: str) -> int | None:
+        if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS and int(value) > 0:
+            return int(value)
+        self.mistakes.append(f"{key} must be a whole number, 1 or more, not {value or 'nothing'}")
+        return None
+
+    def _word(self, key: str, value: str) -> Any:
+        words = _WORDS[key]
+        known = self._known(value, tuple(words), f"{key} cannot be {value or 'nothing'}")
+        return None if known is None else words[known]
+
+    def _known(self, word: str, known: Sequence[str], mistake: str) -> str | None:
+        """`word`, or else the one of `known` that was meant, if that can be guessed."""
+        if word in known:
+            return word
+        alike = get_close_matches(word, known, cutoff=_ALIKE)
+        meant = max(alike, key=lambda other: other[0] == word[0], default=None)  # few people mistype the first letter
+        advice = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+        self.mistakes.append(f"{mistake} ({advice})")
+        return meant
+
+
+def _completed(values: dict[str, Any], n_devices: int) -> Plan:
+    remaining = max(1, n_devices // (values.get("tp", 1) * values.get("pp", 1)))
+    return Plan(**{"dp": remaining, **values})
+
+
+def _obstacle(plan: Plan, values: dict[str, Any], n_devices: int) -> str | None:
+    if "dp" not in values and plan.pp == 1 and n_devices % plan.tp:
+        return f"tp={plan.tp} does not divide the {n_devices} devices of the accelerator"
+    return obstacle(plan, n_devices)
