@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,14 +21,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from moai.capture.held import KEEP_BYTES
 from moai.capture.recorder import Recorder, Segment
 from moai.capture.values import Value
-from moai.device import backend
+from moai.device import backend, options
 from moai.device.storage import maker
-from moai.graph.placement import Placement
+from moai.graph.placement import Mesh, Placement
 from moai.graph.step_graph import StepGraph
 from moai.lower import lower
 from moai.lower.program import Program, Slot
+from moai.plan import parse
+from moai.plan.choose import ChosenPlan, choose
+from moai.plan.errors import PlanError
+from moai.plan.nearest import lighter
+from moai.plan.options import Options
 from moai.plan.plan import Plan
-from moai.platform import accelerators, admission, jobs, log, tracebacks
+from moai.platform import accelerators, admission, jobs, log, precision, tracebacks
 from moai.platform.admission import Lease
 from moai.platform.errors import StateError, memory_error
 from moai.platform.flavors import Flavor
@@ -42,6 +48,8 @@ logger = logging.getLogger("moai")
 
 # Uploads from this size on show their progress, and give the memory of the host's copies back to the system.
 _LARGE_UPLOAD = 64 << 20
+# How long a step that does not fit may be kept from its error by the search for a plan that it would fit with.
+_SUGGESTION_SECONDS = 5.0
 
 
 def _give_memory_back() -> None:
@@ -67,13 +75,14 @@ def _end_job(lease: Lease, peak_bytes: int, tokens_per_s: float | None) -> None:
 class Session:
     """See the module docstring. `recorder` is what the device's kernels talk to; `flavor` the accelerator's size.
 
-    Raises ValueError or RuntimeError if the user asked for a flavor that there is not.
+    Raises ValueError or RuntimeError if the user asked for a flavor that there is not, or a plan that cannot be.
     """
 
     def __init__(self) -> None:
         tracebacks.install()
         self._choice = accelerators.choose()
         self.flavor: Flavor = self._choice.flavor
+        self._options, self._chosen = self._choose_plan()  # a forced plan that cannot be is refused here, the earliest
         self.recorder = Recorder(maker, self._execute, self._fetch, self._report_new_graph, self._forget)
         backend.install(self.recorder)
         self._accelerator: Accelerator | None = None
@@ -100,6 +109,7 @@ class Session:
         if self._accelerator is None:
             log.install()
             log.requesting()
+            self._options, self._chosen = self._choose_plan()  # now that the script's options are known
             self._lease = self._admit()
             try:
                 self._accelerator = self._connect()
@@ -108,10 +118,24 @@ class Session:
                 raise
         return self._accelerator
 
+    def _choose_plan(self) -> tuple[Options | None, ChosenPlan]:
+        """What the script has asked for so far, and the plan that follows."""
+        asked = options.current()
+        forced = os.environ.get(parse.VARIABLE) or None
+        device = self.flavor.devices[0]
+        return asked, choose(self.flavor.n_devices, forced, asked, lambda: precision.bf16_is_faster(device))
+
+    def _report_plan(self) -> None:
+        if self._chosen.asked_for:
+            logger.info("Configuration for parallelism is selected.")
+            logger.info(self._chosen.plan.line)
+            for note in self._chosen.notes:
+                logger.info(note)
+
     def _admit(self) -> Lease | None:
         """Waits for devices; None, and no waiting for others, where the state folder cannot be used."""
         try:
-            lease = admission.acquire(self._choice, plan=f"No PP, No TP, dp : {self.flavor.n_devices}")
+            lease = admission.acquire(self._choice, plan=self._chosen.plan.line)
         except StateError as error:  # bookkeeping must not stop a training run
             logger.warning("No job ID: %s", error)
             return None
@@ -130,6 +154,7 @@ class Session:
         log.connecting(accelerator.addresses)
         log.establishing()
         log.ready(self._lease.job_id if self._lease is not None else None)
+        self._report_plan()
         return accelerator
 
     def close(self) -> None:
@@ -201,13 +226,22 @@ class Session:
         program = self._programs.get(key)
         if program is None:
             with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
-                program = lower(graph, Plan(dp=self.flavor.n_devices), given)
+                program = self._lower(graph, given)
             self._programs[key] = program
             self._first_run = True  # the next wait may be long enough to be explained
             self._graphs.append(graph)
             for note in program.notes:
                 logger.info(note)
         return program
+
+    def _lower(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
+        if options.current() != self._options:
+            self._options = options.current()
+            logger.warning("The options of torch.moreh.option come after the first step: they do not change its plan.")
+        try:
+            return lower(graph, self._chosen.plan, given)
+        except PlanError as error:
+            raise PlanError(f"{self._chosen.origin}: {error.reason}", error.nearest) from None
 
     def _check_memory(self, program: Program, segment: Segment) -> None:
         """Refuse a step that would not fit, before anything moves."""
@@ -218,25 +252,40 @@ class Session:
         inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
         others = resident - sum(map(local_bytes, inputs.values()))
         if program.peak_bytes + others > available:
-            raise memory_error(program.peak_bytes + others, available)
+            other = self._fitting_plan(segment.graph, available - others)
+            raise memory_error(program.peak_bytes + others, available, f'{parse.VARIABLE}="{other}"' if other else "")
+
+    def _fitting_plan(self, graph: StepGraph, available: int) -> Plan | None:
+        """The nearest plan under which a device needs at most `available` bytes for `graph`, if one is found soon."""
+        deadline = time.monotonic() + _SUGGESTION_SECONDS
+        for plan in lighter(self._chosen.plan):
+            if time.monotonic() > deadline:
+                break
+            try:
+                program = lower(graph, plan, [None] * len(graph.inputs))
+            except (PlanError, RuntimeError):  # this graph cannot be run so
+                continue
+            if program.peak_bytes <= available:
+                return plan
+        return None
 
     def _upload(self, program: Program, segment: Segment) -> None:
         waiting = [(v, slot) for v, slot in zip(segment.inputs, program.inputs, strict=True) if v.buffer is None]
         nbytes = sum(slot.type.nbytes for _, slot in waiting)
         if nbytes < _LARGE_UPLOAD:  # a batch
             for value, slot in waiting:
-                self._upload_one(value, slot)
+                self._upload_one(value, slot, program.mesh)
             return
         with Waiting("Uploading", total=len(waiting)) as progress:
             for value, slot in waiting:
-                self._upload_one(value, slot)
+                self._upload_one(value, slot, program.mesh)
                 progress.advance()
         _give_memory_back()
 
-    def _upload_one(self, value: Value, slot: Slot) -> None:
+    def _upload_one(self, value: Value, slot: Slot, mesh: Mesh) -> None:
         if value.buffer is None:  # the same value may be several inputs
             assert value.host is not None
-            value.buffer = self.acquire().upload(value.host, slot.placement)
+            value.buffer = self.acquire().upload(value.host, slot.placement, mesh)
             if value.host.nbytes > KEEP_BYTES:
                 value.host = None
 

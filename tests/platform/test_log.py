@@ -95,3 +95,10 @@ def test_out_of_memory_says_how_much_was_asked_for_and_what_to_do():
     assert ">> Memory requested : 75,051,597,828 bytes" in text
     assert ">> Memory available : 68,702,699,520 bytes" in text
     assert "1. " in text and "2. " in text
+    assert "3. " not in text
+
+
+def test_out_of_memory_names_a_plan_that_fits_if_one_is_known():
+    assert '  3. Use the plan that is nearest and fits this step: MOAI_PLAN="dp=2,micro=2".\n' in str(
+        memory_error(2, 1, 'MOAI_PLAN="dp=2,micro=2"')
+    )

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 
 def wanted(environ: Mapping[str, str] = os.environ) -> bool:
-    """MOAI_CUDA says so; else the original's switch for all programs does, or the user has chosen an accelerator."""
+    """MOAI_CUDA says so; else a forced plan or the original's switch for all programs does, or the user has chosen an
+    accelerator."""
     said = environ.get("MOAI_CUDA")
     if said in ("0", "1"):
         return said == "1"
-    if environ.get("MOREH_ENABLE_ADVANCED_PARALLELIZATION") == "1":
+    if environ.get("MOAI_PLAN") or environ.get("MOREH_ENABLE_ADVANCED_PARALLELIZATION") == "1":
         return True
     from moai.platform import accelerators  # reads the database, which costs more than all of the above
 

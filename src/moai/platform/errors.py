@@ -11,8 +11,9 @@ class StateError(AcceleratorError):
     """The platform's database cannot be used: locked, damaged, or not writable."""
 
 
-def memory_error(requested: int, available: int) -> RuntimeError:
-    """For a device that was asked for `requested` bytes and has `available` bytes."""
+def memory_error(requested: int, available: int, other_plan: str = "") -> RuntimeError:
+    """For a device that was asked for `requested` bytes and has `available`; `other_plan` is one that would fit."""
+    plan_advice = f"  3. Use the plan that is nearest and fits this step: {other_plan}.\n" if other_plan else ""
     return RuntimeError(
         "Error Code 4: OUT_OF_MEMORY\n"
         "A device of the accelerator does not have the memory that this program needs.\n"
@@ -21,5 +22,6 @@ def memory_error(requested: int, available: int) -> RuntimeError:
         "What can be done:\n"
         "  1. Use a bigger accelerator: more devices share the batch (MOAI_FLAVOR=NAME, or MOAI_DEVICES=N).\n"
         "  2. Use a smaller batch, or shorter sequences.\n"
+        f"{plan_advice}"
         f"error dump: 4 {requested} {available}"
     )
