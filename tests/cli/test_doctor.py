@@ -72,6 +72,14 @@ def test_an_accelerator_that_was_never_chosen_is_a_problem(environ):
     assert doctor.autoload(environ).ok
 
 
+def test_a_forced_plan_that_the_accelerator_cannot_run_is_a_problem(environ):
+    environ["MOAI_DEVICES"] = "2"
+    assert doctor.plan(environ) == ()
+    assert doctor.plan({**environ, "MOAI_PLAN": "tp=2"}) == (doctor.Check("plan", "dp=1,tp=2"),)
+    (check,) = doctor.plan({**environ, "MOAI_PLAN": "tp=3"})
+    assert check.advice.endswith('The nearest plan that is possible: "dp=1,tp=2".')
+
+
 def test_a_package_without_its_entry_point_is_a_problem(environ, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
     assert "pip install" in doctor.autoload({**environ, "MOAI_CUDA": "1"}).advice

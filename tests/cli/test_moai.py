@@ -1,4 +1,4 @@
-"""`moai`: status, jobs, doctor, token, completion."""
+"""`moai` (but for `moai run`): status, jobs, doctor, token, completion."""
 
 import json
 
@@ -137,11 +137,11 @@ def test_without_a_history_there_is_no_table(moai_says):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_names_every_command(moai_says, arguments):
     out = moai_says(*arguments)
-    for name in ("status", "jobs", "doctor", "token", "completion"):
+    for name in ("run", "status", "jobs", "doctor", "token", "completion"):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["status", "jobs", "doctor", "token", "completion"])
+@pytest.mark.parametrize("command", ["run", "status", "jobs", "doctor", "token", "completion"])
 def test_every_command_has_help(moai_says, command):
     assert f"moai {command} [OPTIONS]" in moai_says(command, "--help")
 

@@ -1,4 +1,4 @@
-"""`moai`: our own command. What runs now, what has run, and whether this environment can run at all.
+"""`moai`: our own command. Runs a script; shows what runs now, what has run, and whether this environment can run any.
 
 In: the command line. Out: tables for people, or JSON for programs.
 """
@@ -51,6 +51,22 @@ def moai(context: click.Context) -> None:
     """MoAI: one virtual accelerator for plain PyTorch scripts."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+@moai.command("run", context_settings={"allow_interspersed_args": False})
+@click.option("--plan", metavar="KEY=VALUE,...", help="How to use the accelerator's devices, as in dp=2,tp=2,micro=4.")
+@click.option("-m", "is_module", is_flag=True, help="SCRIPT is a module, as for python -m.")
+@click.argument("script", type=click.Path())
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run_script(script: str, arguments: tuple[str, ...], plan: str | None, is_module: bool) -> None:
+    """Run a Python script on the accelerator.
+
+    As `python SCRIPT ARGUMENTS` does, with the accelerator as "cuda" after `import torch`. The exit status is the
+    script's, and so are options behind SCRIPT.
+    """
+    from moai.cli.script import replace_process
+
+    replace_process(script, arguments, plan, is_module, os.environ)
 
 
 @moai.command()

@@ -16,6 +16,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moai.plan.errors import PlanError
+from moai.plan.parse import VARIABLE, parse
 from moai.platform import accelerators, activation, pool, state
 from moai.platform.pool import GB, MB
 
@@ -47,6 +49,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> tuple[Check, ...]:
         autoload(environ),
         devices(environ),
         accelerator(environ),
+        *plan(environ),
         memory(environ),
         *shared_memory(),
         state_folder(environ),
@@ -116,6 +119,21 @@ def accelerator(environ: Mapping[str, str]) -> Check:
     except (ValueError, RuntimeError) as error:
         return Check("accelerator", "none", str(error))
     return Check("accelerator", f"{flavor.name}, {flavor.n_devices} device(s)")
+
+
+def plan(environ: Mapping[str, str]) -> tuple[Check, ...]:
+    """Whether the next program could use the plan that is forced, if one is."""
+    text = environ.get(VARIABLE)
+    if not text:
+        return ()
+    try:
+        n_devices = accelerators.choose(environ).flavor.n_devices
+    except (ValueError, RuntimeError):  # said by the check before this one
+        return ()
+    try:
+        return (Check("plan", str(parse(text, n_devices))),)
+    except PlanError as error:
+        return (Check("plan", text, str(error)),)
 
 
 def memory(environ: Mapping[str, str]) -> Check:
