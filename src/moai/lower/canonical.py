@@ -55,15 +55,16 @@ def canonical(graph: StepGraph) -> tuple[list[Node], tuple[TensorType, ...], lis
     """The nodes, the types of all values (there may be more than the graph's), and the ids of the graph's outputs."""
     walk = _Walk(graph)
     outputs = [walk.same.get(o.id, o.id) for o in graph.outputs]
-    return _needed(walk.nodes, outputs), tuple(walk.types), outputs
+    return needed(walk.nodes, outputs), tuple(walk.types), outputs
 
 
-def _needed(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
-    needed = set(outputs)
+def needed(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
+    """`nodes` without those that contribute nothing to `outputs`."""
+    read = set(outputs)
     kept = []
     for node in reversed(nodes):
-        if not needed.isdisjoint(flat_ids(node.outs)):
-            needed.update(r.id for r in refs((node.args, node.kwargs)))
+        if not read.isdisjoint(flat_ids(node.outs)):
+            read.update(r.id for r in refs((node.args, node.kwargs)))
             kept.append(node)
     return kept[::-1]
 
