@@ -1,0 +1,1 @@
+"""Numerics: every model under every plan, beside plain PyTorch on one device."""
