@@ -194,6 +194,17 @@ def test_an_unknown_operator_is_refused_when_the_program_is_loaded() -> None:
         executor(p)
 
 
+def test_peers_that_are_gone_when_a_program_is_loaded_are_not_this_devices_fault() -> None:
+    class Broken:
+        def over(self, mesh: Mesh, axes: Sequence[str]) -> Lookout:
+            raise ConnectionError("reset by peer")
+
+    p = program(2, [slot(0, f32())], [], op("all_reduce", Ref(0), ("dp",), "sum", outs=1))
+    with pytest.raises(InstructionError, match=r"program .* cannot meet its peers over dp: reset by peer") as raised:
+        Executor(p, 0, CPU, Broken())
+    assert raised.value.in_collective
+
+
 def test_factories_make_tensors_on_the_devices_own_device() -> None:
     p = program(1, [], [slot(0, f32(2))], op("aten.full.default", (2,), 1.0, outs=0, device=torch.device("meta")))
     assert Executor(p, 0, CPU, None).run([], [])[0].device == CPU
