@@ -40,15 +40,16 @@ def without_repetitions(code: Sequence[Instruction], values: Values) -> tuple[li
     Large results stay where they are: keeping them alive would cost memory, and undo a recomputation on purpose.
     """
     renamed: dict[int, int] = {}
-    seen: dict[str, Any] = {}
+    seen: dict[Any, Any] = {}
     kept = []
     for instruction in code:
         args, kwargs = renamed_refs((instruction.args, instruction.kwargs), renamed)
         if args != instruction.args or kwargs != instruction.kwargs:
             instruction = replace(instruction, args=args, kwargs=kwargs)
         if _is_cheap(instruction, values):
-            # repr tells 1 from 1.0 and True, and 0.0 from -0.0.
-            key = f"{instruction.op}{args!r}{kwargs!r}"
+            # repr tells 1 from 1.0 and True, and 0.0 from -0.0. Parts of different tensors may be alike.
+            lies = [(values.types[o], values.placement(o)) for o in flat_ids(instruction.outs)]
+            key = (f"{instruction.op}{args!r}{kwargs!r}", *lies)
             first = seen.setdefault(key, instruction.outs)
             if first is not instruction.outs:
                 renamed.update(zip(flat_ids(instruction.outs), flat_ids(first), strict=True))

@@ -88,8 +88,9 @@ def _of_state(
     wanted = Placement(tuple(sorted(shards, key=lambda s: s.dim)))
     if present is None:
         return Arrival(wanted, wanted, spread is not None)
-    # What was made on the devices is whole there. It becomes a part for good where the step puts a new content anyway.
-    if present == REPLICATE and replaced:
+    # Where the step puts a new content in its place, it can lie anew: what was made on the devices is whole at first,
+    # and an earlier graph may have seen too little of the model.
+    if replaced and shards:
         return Arrival(present, wanted, spread is not None)
     stored = any(plan.shard_axis in s.axes for s in present.shards) and plan.distribute_param
     return Arrival(present, present, stored)

@@ -46,6 +46,7 @@ from moai.plan.plan import Plan
 aten = torch.ops.aten
 
 _NORMS = frozenset({aten._foreach_norm.Scalar})
+_AFTER_SUM = 2  # of a norm taken apart: the root, and the cast to the dtype that was asked for
 _CASTS = frozenset({aten._to_copy.default})
 
 
@@ -291,11 +292,20 @@ class Placer:
         return out
 
     def _add_norms(self, node: Node, ids: Sequence[int]) -> None:
-        """Norms of tensors some of which lie in parts: one by one, so that each can be a sum over its parts."""
+        """Norms of tensors some of which lie in parts, one by one: first all sums, so that devices can exchange them
+        together, then what is made of them."""
         order = node.args[1] if len(node.args) > 1 else 2
+        parts = []
         for id_, out in zip(ids, node.outs, strict=True):
-            norm = aten.linalg_vector_norm.default
-            self.add(Node(norm, (Ref(id_), order), {"dtype": node.kwargs.get("dtype")}, out, node.origin))
+            kwargs = {"dtype": node.kwargs.get("dtype")}
+            norm = Node(aten.linalg_vector_norm.default, (Ref(id_), order), kwargs, out, node.origin)
+            parts.append(decompose(Call(norm, self._values.types), [self._at(id_)], self._values) or [norm])
+        for part in parts:
+            for step in part[:-_AFTER_SUM]:
+                self.add(step)
+        for part in parts:
+            for step in part[-_AFTER_SUM:]:
+                self.add(step)
 
     # -- changing a value's placement
 

@@ -58,6 +58,8 @@ def tensor_parallel(
 
 
 def _chosen(classes: Sequence[DimClass], states: dict[int, int], values: Values, tp: int) -> list[DimClass]:
+    if not any(c.multiplied for c in classes):
+        return []  # too little of the model to know
     total = sum(values.types[i].nbytes for i in states)
 
     def weights(c: DimClass) -> dict[int, int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from moai.graph.placement import Shard
+from moai.graph.rules import rule_of
+from moai.graph.rules.pointwise import pointwise
 from moai.graph.step_graph import Node, TensorType, flat_ids, refs
 from moai.lower.lanes import lanes_of
 
@@ -34,7 +36,8 @@ def _alike(node: Node, types: Mapping[int, TensorType]) -> Iterator[list[int]]:
     inputs, outputs = [r.id for r in refs((node.args, node.kwargs))], list(flat_ids(node.outs))
     lanes = lanes_of(node)
     if lanes is None:
-        yield _of_largest_shape([*inputs, *outputs], types)
+        if rule_of(node.op) is pointwise:
+            yield _of_largest_shape([*inputs, *outputs], types)
         return
     for lane in lanes:
         yield _of_largest_shape([*(inputs[p] for p in lane.inputs), *(outputs[p] for p in lane.outputs)], types)
