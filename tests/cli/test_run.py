@@ -219,6 +219,21 @@ def test_the_log_says_that_a_forced_plan_overrides_the_scripts_options(train):
     assert "MOAI_PLAN is followed, and not what the script asks for: num_micro_batches=2." in done.stderr
 
 
+def test_options_that_come_after_the_first_step_are_said_to_change_nothing(folder):
+    (folder / "late.py").write_text(
+        "import torch\n"
+        "x = torch.ones(600, 600).cuda()\n"
+        "print((x @ x).sum().item())\n"
+        "torch.moreh.option.enable_advanced_parallelization(num_micro_batches=2)\n"
+        "print((x @ x @ x).sum().item())\n"
+        "print((x @ x + x).sum().item())\n"
+    )
+    done = run("late.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("come after the first step: they do not change its plan.") == 1
+    assert plan_lines(done) == []
+
+
 def test_the_list_of_jobs_has_the_plan(train, capsys):
     losses(run("--plan", "dp=2,micro=2", "train.py", "cuda"))
     assert app.main(["jobs", "--json"]) == 0
