@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -102,6 +103,14 @@ def test_full_computes_one_layer_at_a_time_from_the_last_to_the_first(steps) -> 
     step = steps("llama")
     attention = [n.op for n in step.recomputed("full") if n.origin.phase == "backward" and "sdpa" in n.op._schema.name]
     assert attention == [moai.sdpa.default, moai.sdpa_backward.default] * LAYERS
+
+
+def test_full_computes_a_layer_again_in_one_piece(steps) -> None:
+    step = steps("gpt2_with_dropout")
+    nodes = step.recomputed("full")
+    again = {id(n) for n in computed_again(step, nodes)}
+    pieces = [new for new, _ in groupby(id(n) in again for n in nodes)].count(True)
+    assert pieces == 4 + 1  # layers, and what comes before them
 
 
 def test_full_keeps_of_a_layer_only_its_input(steps) -> None:
@@ -238,6 +247,27 @@ def test_a_random_operator_without_a_seed_of_its_own_is_not_run_again(level: Rec
         h = graph.add("backward", aten.mul.Tensor, h, saved)
     copies = graph.copied([h], level)
     assert copies and all(n.op is not aten.bernoulli.p for n in copies)
+
+
+def test_layers_are_cut_where_least_crosses_though_they_seem_to_begin_elsewhere() -> None:
+    """What comes before the first layer looks like the end of a layer."""
+    graph = Graph()
+
+    def residual(h: Ref, through: Ref) -> Ref:
+        product = graph.add("forward", aten.mm.default, through, graph.w)
+        return graph.add("forward", aten.add.Tensor, h, graph.add("forward", aten.tanh.default, product))
+
+    made, h = [], residual(graph.x, graph.x)
+    for _ in range(6):
+        inner = graph.add("forward", aten.cos.default, graph.add("forward", aten.sin.default, h))
+        made += [Ref(inner.id - 1), inner]
+        h = residual(h, inner)
+        made += [Ref(h.id - 2), Ref(h.id - 1)]
+    for value in reversed(made):
+        h = graph.add("backward", aten.mul.Tensor, h, value)
+    copies = [n.op for n in graph.copied([h], "full")]
+    layer = [aten.sin.default, aten.cos.default, aten.mm.default, aten.tanh.default]
+    assert copies == layer * (len(copies) // 4) and len(copies) >= 20
 
 
 def test_a_narrow_source_is_kept_for_several_wide_values_made_of_it() -> None:
