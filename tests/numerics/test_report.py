@@ -77,9 +77,9 @@ def test_a_difference_is_relative_to_what_it_should_be(changed: Training, expect
 
 
 def test_what_is_no_number_differs() -> None:
-    point, broken = Point.parse("dp=2"), training(loss=float("nan"))
-    assert run.compare(_Known(training()), point, "llama", broken, 3).outcome == "differs"
-    assert run.compare(_Known(training()), point, "llama", training(), 3).outcome == "same"
+    point, known = Point.parse("dp=2"), _Known({"fp32": training()})
+    assert run.compare(known, point, "llama", training(loss=float("nan")), 3).outcome == "differs"
+    assert run.compare(known, point, "llama", training(), 3).outcome == "same"
 
 
 def test_a_bf16_plan_is_measured_by_the_error_of_bf16() -> None:
@@ -87,14 +87,22 @@ def test_a_bf16_plan_is_measured_by_the_error_of_bf16() -> None:
     assert run.distances(plan, bf16, exact) == pytest.approx((0.5, 2, 0), abs=1e-5)
 
 
+def test_a_bf16_plan_that_computes_in_fp32_is_noticed() -> None:
+    references = {"fp32": training(4.0, 1.0, 0.5), "bf16": training(4.1, 1.1, 0.6)}
+    point = Point.parse("dp=2,precision=bf16")
+    row = run.compare(_Known(references), point, "llama", references["fp32"], 3)
+    assert (row.outcome, row.reason) == ("failed", "the numbers are those of fp32: nothing was computed in bf16.")
+    assert run.compare(_Known(references), point, "llama", references["bf16"], 3).outcome == "same"
+
+
 def test_a_refused_plan_is_a_row_with_its_reason_and_no_failure() -> None:
-    row = run.compare(_Known(training()), Point.parse("tp=4"), "llama", "PlanError: tp=4 does not divide 3.", 3)
+    row = run.compare(_Known({}), Point.parse("tp=4"), "llama", "PlanError: tp=4 does not divide 3.", 3)
     assert (row.outcome, row.reason) == ("refused", "tp=4 does not divide 3.")
     assert "- llama, `dp=1,tp=4,precision=fp32`, refused: tp=4 does not divide 3." in report.tables([row])
 
 
 def test_a_failure_is_no_refusal() -> None:
-    row = run.compare(_Known(training()), Point.parse("dp=2"), "llama", "RuntimeError: device 0 failed", 3)
+    row = run.compare(_Known({}), Point.parse("dp=2"), "llama", "RuntimeError: device 0 failed", 3)
     assert row.outcome == "failed"
 
 
@@ -111,10 +119,10 @@ def test_every_row_of_a_table_has_a_cell_for_each_model() -> None:
 
 
 class _Known:
-    """A runner whose reference is known."""
+    """A runner whose references are known, by precision."""
 
-    def __init__(self, reference: Training) -> None:
-        self._reference = reference
+    def __init__(self, references: dict[str, Training]) -> None:
+        self._references = references
 
     def reference(self, case: Case) -> Training:
-        return self._reference
+        return self._references[case.precision]
