@@ -196,7 +196,7 @@ class Accelerator:
         self._fetch(id, targets)
         for part, terms in parts:
             if terms[0] is not part:
-                part.copy_(total(torch.stack(terms)) if len(terms) > 1 else terms[0])
+                part.copy_(total(terms) if len(terms) > 1 else terms[0])
         return out
 
     def synchronize(self) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moai.graph.placement import Mesh
-from moai.runtime.parts import cut, total
+from moai.runtime.parts import HALVES, cut, total
 
 WAIT = "wait"
 _BLOCKING = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
@@ -26,8 +26,7 @@ NAMES = _BLOCKING | {f"{name}_start" for name in _BLOCKING} | {WAIT}
 # A last resort only: the controller notices a stuck collective much earlier, and it knows slow from stuck.
 TIMEOUT = timedelta(minutes=30)
 
-_HALVES = frozenset({torch.float16, torch.bfloat16})
-_SUMMABLE = _HALVES | {
+_SUMMABLE = HALVES | {
     torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.float64, torch.complex64
 }  # fmt: skip
 _KINDS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -116,7 +115,7 @@ class Distributed:
 class Group:
     """`Peers` over a process group.
 
-    The backend takes the sums, but for those of half precision and those that are scattered: there every device
+    The backend takes the sums, but for those that are scattered, and those of more than two halves: there every device
     receives the terms of its part and adds them up. That rounds once and not at every hop, takes parts of any sizes,
     and is faster than gloo's own reduce-scatter, which is an all-reduce.
     """
@@ -139,7 +138,7 @@ class Group:
 
     def all_reduce_start(self, xs: Sequence[torch.Tensor], kind: str = "sum") -> Started:
         _check_dtype(xs[0])
-        if kind == "sum" and xs[0].dtype in _HALVES:
+        if kind == "sum" and xs[0].dtype in HALVES and len(self._coordinates) > 2:
             return self._sum_halves_start(xs)
         shapes = [x.shape for x in xs]
         flat = xs[0].new_empty(_length(shapes))
@@ -176,7 +175,7 @@ class Group:
         own = self._coordinates[self._rank]
         shapes = [_part_shape(x, how, own) for x, how in zip(xs, cuts, strict=True)]
         work, received = self._exchange_start(terms, lengths)
-        return Started(work, lambda: _views(total(received), shapes), terms)
+        return Started(work, lambda: _views(total(received.unbind()), shapes), terms)
 
     def _sum_halves_start(self, xs: Sequence[torch.Tensor]) -> Started:
         """Every device adds up an equal stretch of the message; the stretches are gathered when they are waited for."""
@@ -188,7 +187,7 @@ class Group:
         work, received = self._exchange_start(flat, [stretches.shape[1]] * size)
 
         def finish() -> Tensors:
-            stretches[self._rank] = total(received)
+            stretches[self._rank] = total(received.unbind())
             gathered = self._gather_start(stretches)
             if gathered is not None:
                 gathered.wait()

@@ -12,6 +12,8 @@ import torch
 
 from moai.graph.placement import Mesh, Placement, Shard
 
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
 
 def check_split(x: torch.Tensor, shard: Shard, mesh: Mesh) -> None:
     """ValueError if `x` cannot be split so."""
@@ -50,6 +52,10 @@ def holders(placement: Placement, mesh: Mesh) -> list[list[int]]:
     return list(found.values())
 
 
-def total(terms: torch.Tensor) -> torch.Tensor:
-    """The sum over dim 0. PyTorch adds halves up in float32, and rounds once."""
-    return terms.sum(0, dtype=terms.dtype)
+def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum, in fresh memory. Halves are added up in float32 and rounded once."""
+    dtype = terms[0].dtype
+    found = terms[0].to(torch.float32 if dtype in HALVES else dtype, copy=True)
+    for term in terms[1:]:
+        found.add_(term)
+    return found.to(dtype)
