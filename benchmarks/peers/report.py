@@ -4,8 +4,7 @@ Figures, by variant: `step_s`, seconds a step; `cpu_s`, CPU seconds a step of al
 disturb less; both with their quartiles over the rounds. `start_s`, seconds that the first steps took beyond what later
 ones do: capture, compilation, warm-up. `peak_bytes`, the peak of a process that computes, its libraries and its
 compiler included. `loss`, that of the last step, and `loss_error`, its largest difference from the exact loss over all
-blocks; exact is one process on the whole batch. A data-parallel peer's loss is the mean over its ranks. `plan`: what
-ours says that it runs.
+blocks; exact is one process on the whole batch. A data-parallel peer's loss is the mean over its ranks.
 
 `ratios`: by variant of ours, then by peer, step time of the first over the second, each round by itself.
 """
@@ -42,7 +41,6 @@ def _of_variant(team: Team, exact: Sequence[float], steps: int) -> dict[str, Any
         "cpu_s": results.quartiles(team.cpu_s[WARM_UP_ROUNDS:]),
         "start_s": team.start_s(steps),
         "peak_bytes": team.peak_bytes,
-        "plan": team.plan,
         "loss": team.losses[-1],
         "loss_error": max(abs(a - b) for a, b in zip(team.losses, exact, strict=True)),
     }
@@ -67,8 +65,6 @@ def table(figures: Mapping[str, Any]) -> str:
         peers = [name for name in figures["variants"] if not is_ours(name)]
         rows = [[f"/ {name}", *(results.spread(ratios[ours][name]) for ours in ratios)] for name in peers]
         text += "\n\n" + results.markdown(("step time of", *ratios), rows)
-    plans = [f"{name} ran: {each['plan']}" for name, each in figures["variants"].items() if each["plan"]]
-    text += "\n\n" + "\n".join(f"- {line}" for line in plans) if plans else ""
     for name, reason in figures["failures"].items():
         text += f"\n\n{name} failed: {reason.strip().splitlines()[-1]}"
     return f"{text}\n\nOther programs took {figures['others_cpu']:.0%} of the machine's time."

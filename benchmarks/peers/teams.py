@@ -21,6 +21,7 @@ from benchmarks import results
 from benchmarks.child import Child, receive_all
 from benchmarks.peers.variants import VARIANTS, is_ours
 from benchmarks.training import Sizes
+from moai.plan.parse import parse
 from moai.platform import accelerators, jobs
 from moai.platform.device import Device
 from moai.runtime.launcher import cores_of, worker_environment
@@ -38,7 +39,7 @@ class Team:
     """The processes of one variant, and what they did, block by block: seconds and CPU seconds a step, and loss.
 
     `folder` is where they keep what they write. `peak_bytes` is the largest peak of resident memory of a process that
-    computes, `plan` the one that ours says it runs, `failure` the error that ended them.
+    computes, `failure` the error that ended them.
     """
 
     name: str
@@ -48,7 +49,6 @@ class Team:
     cpu_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    plan: str = ""
     failure: str | None = None
 
     def run_block(self, steps: int) -> None:
@@ -69,8 +69,15 @@ class Team:
         self.cpu_s.append((self._cpu_seconds() - cpu_begin) / steps)
         self.losses.append(sum(losses) / len(losses))
         self.peak_bytes = max(map(results.peak_bytes, self._computing()), default=0)
-        if is_ours(self.name):
-            self.plan = jobs.history({"XDG_STATE_HOME": str(self.folder)})[-1].plan
+        self._check_plan()
+
+    def _check_plan(self) -> None:
+        """RuntimeError if ours runs another plan than it was told."""
+        told = VARIANTS[self.name].plan
+        if told is not None:
+            runs = jobs.history({"XDG_STATE_HOME": str(self.folder)})[-1].plan
+            if runs != parse(told, N_DEVICES).line:
+                raise RuntimeError(f"it was told to run {told}, and runs {runs}")
 
     def fail(self, error: Exception) -> None:
         """End the processes and remember why."""
