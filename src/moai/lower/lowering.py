@@ -7,11 +7,12 @@ device runs. The result is that of one device on the global batch: no operator s
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from moai.graph.placement import TIME, Mesh, Placement
-from moai.graph.step_graph import Node, Origin, Ref, StepGraph, flat_ids
+from moai.graph.step_graph import Origin, Ref, StepGraph, flat_ids, refs
 from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
 from moai.lower.check import check
@@ -23,8 +24,10 @@ from moai.lower.memory import Regions, peak_bytes, with_frees
 from moai.lower.moving import without_time
 from moai.lower.operators import is_view, overlaps_itself
 from moai.lower.placing import Placer
+from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
-from moai.lower.tensor_parallel import tensor_parallel
+from moai.lower.recompute import recomputed
+from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
 from moai.plan.errors import PlanError
@@ -45,11 +48,13 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     plan = _fitted(graph, plan, given)
     mesh = plan.mesh
     nodes, types, outputs = canonical(graph)
+    nodes, types = in_precision(nodes, types, graph.inputs, outputs, plan.precision)
+    nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
     values = Values(types, mesh)
-    nodes, tp_shards = tensor_parallel(nodes, values, graph.inputs, plan)
-    arriving = arrivals(graph, plan, mesh, given, tp_shards)
-    placer = _placer(graph, plan, values, nodes, arriving)
-    for node in nodes:
+    split = tensor_parallel(nodes, values, graph.inputs, plan)
+    arriving = arrivals(graph, plan, mesh, given, split.inputs)
+    placer = _placer(graph, plan, values, split, arriving)
+    for node in split.nodes:
         placer.add(node)
     outputs = _placed_outputs(graph, outputs, placer, values, arriving)
 
@@ -103,13 +108,17 @@ def _fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     return replace(plan, micro=most)
 
 
-def _placer(graph: StepGraph, plan: Plan, values: Values, nodes: Sequence[Node], arriving: Sequence[Arrival]) -> Placer:
+def _placer(graph: StepGraph, plan: Plan, values: Values, split: TensorParallel, arriving: Sequence[Arrival]) -> Placer:
     """The placer, with the inputs in their places."""
     states = {
         i.id: a.wanted.shards for i, a in zip(graph.inputs, arriving, strict=True) if not i.batch and a.wanted.shards
     }
     stored = {i.id for i, a in zip(graph.inputs, arriving, strict=True) if a.stored}
-    placer = Placer(values, plan, stored, wishes(nodes, values.types, states) if stored else {})
+    sums = dict(split.sums)
+    if stored:
+        sums |= wishes(split.nodes, values.types, states)
+    uses = Counter(r.id for n in split.nodes for r in refs((n.args, n.kwargs)))
+    placer = Placer(values, plan, stored, sums, split.gradients, uses)
     for input_, arrival in zip(graph.inputs, arriving, strict=True):
         values.place(input_.id, arrival.present)
     for input_, arrival in zip(graph.inputs, arriving, strict=True):

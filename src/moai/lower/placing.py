@@ -28,6 +28,7 @@ from moai.graph.rules.dims import (
     choose,
     left_maximal,
     left_partial,
+    legal,
     placement_of,
     split_for,
 )
@@ -40,7 +41,7 @@ from moai.lower.localise import localised
 from moai.lower.moving import moved, next_placement
 from moai.lower.operators import is_view
 from moai.lower.program import Instruction
-from moai.lower.values import Values
+from moai.lower.values import Values, per_rank
 from moai.plan.plan import Plan
 
 aten = torch.ops.aten
@@ -54,10 +55,19 @@ class Placer:
     """Turns nodes into `code`, one at a time. `notes` says which operators had to be computed whole.
 
     stored: states that are spread over the plan's `shard_axis`. wishes: the shard that a value should become where it
-    is summed over that shard's axis. remade: values to be made again in each pass of the loop over micro-batches.
+    is summed over that shard's axis. gradients: shards over "tp" of values that meet a split weight in the optimizer.
+    uses: how many nodes read a value. remade: values to be made again in each pass of the loop over micro-batches.
     """
 
-    def __init__(self, values: Values, plan: Plan, stored: set[int], wishes: Mapping[int, tuple[Shard, ...]]):
+    def __init__(
+        self,
+        values: Values,
+        plan: Plan,
+        stored: set[int],
+        wishes: Mapping[int, tuple[Shard, ...]],
+        gradients: Mapping[int, tuple[Shard, ...]],
+        uses: Mapping[int, int],
+    ):
         self.code: list[Instruction] = []
         self.notes: list[str] = []
         self.remade: set[int] = set()
@@ -65,6 +75,8 @@ class Placer:
         self._plan = plan
         self.stored = stored
         self._wishes = wishes
+        self._gradients = gradients
+        self._uses = uses
         self._batch_axes = tuple(a for a in plan.batch_axes if a in values.mesh.sizes)
         self._elsewhere: dict[
             tuple[int, Placement, Hashable], int
@@ -166,6 +178,8 @@ class Placer:
         """A node whose tensors are split together, if at all."""
         node, origin = call.node, call.node.origin
         ids = [self._used(i, node) for i in call.input_ids]
+        if call.op is aten.add.Tensor:
+            ids = self._with_bias_in_terms(call, ids)
         stays = self._stays_partial(call.op, call.inputs, call.outputs, ids, adds_a_number(call))
         ids = [self._summed(i, stays, origin) for i in ids]
         placements = [self._at(i) for i in ids]
@@ -176,6 +190,8 @@ class Placer:
             return None
         dims = self._dims(call)
         splits = () if dims is None else choose(dims, call.inputs, call.outputs, placements)
+        if dims is not None:
+            splits = self._to_their_shards(call, dims, splits)
         if dims is None or not splits:
             if any(p.shards for p in placements):
                 self._note(call)
@@ -187,6 +203,38 @@ class Placer:
         ]
         self._emit_split(localised(node, dims, splits), ids, dims, splits, stays)
         return None
+
+    def _with_bias_in_terms(self, call: Call, ids: list[int]) -> list[int]:
+        """A small whole tensor that is added to terms over "tp" becomes a term itself, so that they can wait on."""
+        partial = ["tp" in self._at(i).partial for i in ids]
+        if len(ids) != 2 or partial[0] == partial[1] or call.args.get("alpha", 1) != 1:
+            return ids
+        whole = partial.index(False)
+        id_, other = ids[whole], ids[1 - whole]
+        if "tp" in self._at(id_).split_axes or self._values.type(id_).numel * 8 > self._values.type(other).numel:
+            return ids
+        return [*ids[:whole], self._as_term(id_, call.node.origin), *ids[whole + 1 :]]
+
+    def _as_term(self, id_: int, origin: Origin) -> int:
+        """Value `id_` as a sum over "tp" of itself and zeros."""
+        now = self._at(id_)
+        once = per_rank(("tp",), (1, *[0] * (self._values.mesh.sizes["tp"] - 1)))
+        out = self._values.new(self._values.type(id_), replace(now, partial=self._in_order({*now.partial, "tp"})))
+        shapes = (self._values.local_shape(out),)
+        self._append(Instruction(str(aten.mul.Scalar), (Ref(id_), once), {}, out, (), shapes, origin.where))
+        return out
+
+    def _to_their_shards(self, call: Call, dims: Dims, splits: tuple[Split, ...]) -> tuple[Split, ...]:
+        """Where a gradient would be left in terms over "tp" although its weight is split over it: the gradient's part
+        is computed instead, from what was split otherwise."""
+        for split in splits:
+            if split.axes == ("tp",) and split.factor in dims.summed:
+                for out, factors in zip(flat_ids(call.node.outs), dims.outputs, strict=True):
+                    for wish in self._gradients.get(out, ()):
+                        own = split_for(factors, wish)
+                        if own is not None and legal(dims, call.outputs, own):
+                            return tuple(own if s is split else s for s in splits)
+        return splits
 
     def _emit_split(
         self, node: Node, ids: Sequence[int], dims: Dims, splits: tuple[Split, ...], stays: tuple[str, ...]
@@ -230,6 +278,8 @@ class Placer:
         if not axes or adds_a_number:
             return ()
         split = {a for p in placements for a in p.split_axes}
+        if "tp" in axes and any("tp" in p.partial and self._uses[i] > 1 for i, p in zip(ids, placements, strict=True)):
+            axes.discard("tp")  # several operators would each be followed by a sum
         return self._in_order(
             {a for a in axes - split if keeps_partial(op, inputs, outputs, [a in p.partial for p in placements])}
         )

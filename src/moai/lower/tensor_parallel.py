@@ -1,18 +1,22 @@
 """Tensor parallelism, found from the graph: which dims of which weights are split over "tp".
 
 In: canonical nodes, the values, the graph's inputs, the plan. Out: the nodes, with operators that look up by class or
-vocabulary entry in a form that can be split where it is, and the shards of inputs.
+vocabulary entry in a form that can be split where it is; the shards of inputs; the shards that sums should end in.
 
 Dims are taken class by class (`dim_classes`): the heads of each layer, its feed-forward width, the vocabulary. A class
 may be split if no operator needs it whole, and every weight in it if no other class has split that weight. Classes
 that leave the fewest bytes to be summed for the weights they split come first. For a transformer that is the pattern of
 Shoeybi et al., "Megatron-LM", arXiv:1909.08053: two sums a layer in the forward, two in the backward.
+
+Between these products, what runs along the sequence is split along it: a sum ends in parts, norms and residuals work on
+parts, and a product gathers them (Korthikanti et al., "Reducing activation recomputation in large transformer models",
+arXiv:2205.05198). That moves the same number of bytes, and holds and computes a tp-th of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
@@ -22,8 +26,9 @@ from moai.lower.dim_classes import DimClass, dim_classes
 from moai.lower.heads import own_key_heads
 from moai.lower.part_forms import part_forms
 from moai.lower.values import Values
-from moai.lower.wishes import wishes
+from moai.lower.wishes import Wishes, wishes
 from moai.plan.errors import PlanError
+from moai.plan.nearest import nearest
 from moai.plan.plan import Plan
 
 moai = torch.ops.moai
@@ -32,15 +37,21 @@ moai = torch.ops.moai
 _WORTH_IT = 0.02
 
 
-def tensor_parallel(
-    nodes: list[Node], values: Values, inputs: Sequence[Input], plan: Plan
-) -> tuple[list[Node], dict[int, Shard]]:
-    """The nodes, and the shard of each input that is split, by its index.
+@dataclass(frozen=True)
+class TensorParallel:
+    """inputs: the shard of each input that is split, by its index. sums: what values that are left in terms over "tp"
+    should become. gradients: shards of what the optimizer meets the split weights with."""
 
-    Raises PlanError where the devices do not divide the heads of an attention.
-    """
+    nodes: list[Node]
+    inputs: dict[int, Shard]
+    sums: Wishes
+    gradients: Wishes
+
+
+def tensor_parallel(nodes: list[Node], values: Values, inputs: Sequence[Input], plan: Plan) -> TensorParallel:
+    """Raises PlanError where the devices do not divide the heads of an attention."""
     if plan.tp == 1:
-        return nodes, {}
+        return TensorParallel(nodes, {}, {}, {})
     _check_heads(nodes, values, plan)
     nodes = own_key_heads(nodes, values, plan.tp)
     forms = list(part_forms(nodes, values))
@@ -54,7 +65,25 @@ def tensor_parallel(
     nodes = [part for n in nodes for part in (in_parts[id(n)] if id(n) in kept else (n,))]
     shards = {i: (s,) for c in chosen for i, s in _shards(c, states, values, plan.tp).items()}
     alike = wishes(nodes, values.types, shards)  # moments lie as their weights do
-    return nodes, {k: alike[i][0] for i, k in states.items() if i in alike}
+    by_input = {k: alike[i][0] for i, k in states.items() if i in alike}
+    sums = _along_the_sequence(classes, inputs, values, plan.tp) if chosen else {}
+    return TensorParallel(nodes, by_input, sums, alike)
+
+
+def _along_the_sequence(classes: Sequence[DimClass], inputs: Sequence[Input], values: Values, tp: int) -> Wishes:
+    """Shards along the dim that goes with the second one of the batch's token numbers."""
+    tokens = {
+        (i.id, 1) for i in inputs if i.batch and not (t := values.types[i.id]).dtype.is_floating_point
+        if len(t.shape) == 2 and t.shape[1] >= tp
+    }  # fmt: skip
+    found: Wishes = {}
+    for c in classes:
+        if not tokens.isdisjoint(c.dims):
+            for (id_, dim), runs in c.dims.items():
+                length = values.types[id_].shape[dim]
+                if runs == 1 and length >= tp:
+                    found[id_] = (Shard(dim, ("tp",), split_evenly(length, tp)),)
+    return found
 
 
 def _chosen(classes: Sequence[DimClass], states: dict[int, int], values: Values, tp: int) -> list[DimClass]:
@@ -98,13 +127,5 @@ def _check_heads(nodes: Sequence[Node], values: Values, plan: Plan) -> None:
             heads = query[-3] if len(query) > 3 else plan.tp
             if heads % plan.tp:
                 where = f" ({node.origin.where})" if node.origin.where else ""
-                raise PlanError(
-                    f"tp={plan.tp} does not divide the {heads} attention heads{where}.", _fewer(plan, heads)
-                )
-
-
-def _fewer(plan: Plan, heads: int) -> Plan:
-    """The nearest plan for as many devices whose `tp` divides `heads`."""
-    fits = [t for t in range(1, plan.tp) if heads % t == 0 and (plan.dp * plan.tp) % t == 0]
-    tp = max(fits)
-    return replace(plan, tp=tp, dp=plan.dp * plan.tp // tp)
+                other = nearest(plan, plan.n_devices, lambda p: heads % p.tp == 0)  # noqa: B023 (called at once)
+                raise PlanError(f"tp={plan.tp} does not divide the {heads} attention heads{where}.", other)

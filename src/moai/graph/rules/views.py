@@ -123,10 +123,28 @@ def split(call: Call) -> Dims:
 
 
 def slice_(call: Call) -> Dims:
-    if call.inputs[0].shape == call.outputs[0].shape and call["step"] == 1:
-        own = _own(len(call.inputs[0].shape))
+    source, out = call.inputs[0].shape, call.outputs[0].shape
+    own = _own(len(source))
+    if source == out and call["step"] == 1:
         return Dims((own,), (own,))  # start and end reach beyond a part as they reach the ends of the whole
-    return along(call)
+    run = _run(call, source, out)
+    if run is None:
+        return along(call)
+    blocked, sizes = run
+    return Dims((blocked,), (own,), sizes=sizes)
+
+
+def _run(call: Call, long: Sequence[int], short: Sequence[int]) -> tuple[DimFactors, dict[str, DimFactors]] | None:
+    """Where a slice is one of equal runs: the factors of the long side, and the bounds, which follow a split of all."""
+    at = call["dim"] % len(long)
+    length = short[at]
+    start = call["start"] or 0
+    if call["step"] != 1 or length in (0, 1) or start < 0 or start % length or long[at] % length:
+        return None
+    own = _own(len(long))
+    blocked = (*own[:at], Blocked(at, long[at] // length), *own[at + 1 :])
+    k = start // length
+    return blocked, {"start": (Unit(at, k),), "end": (Unit(at, k + 1),)}
 
 
 def drop(call: Call) -> Dims:
@@ -163,6 +181,10 @@ def select_scatter(call: Call) -> Dims:
 
 def slice_backward(call: Call) -> Dims:
     rank = len(call.outputs[0].shape)
+    run = _run(call, call.outputs[0].shape, call.inputs[0].shape)
+    if run is not None:
+        blocked, sizes = run
+        return Dims((_own(rank),), (blocked,), sizes=sizes | {"input_sizes": blocked})
     free = _without(_own(rank), call["dim"] % rank)
     return Dims((free,), (free,), sizes={"input_sizes": free})
 
