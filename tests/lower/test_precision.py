@@ -202,6 +202,10 @@ def test_fp64_takes_a_fused_optimizer_whose_counters_are_fp32(accelerator: Accel
         return weight.detach().cpu()
 
     torch.testing.assert_close(weights("cuda"), weights("cpu"), rtol=1e-6, atol=1e-7)
+    (node,) = nodes_of(accelerator.last, aten._fused_adamw.default)
+    parameters, *_, counters = node.args[:6]
+    assert accelerator.last.types[parameters[0].id].dtype == FP64
+    assert accelerator.last.types[counters[0].id].dtype == FP32
 
 
 def test_gradients_of_parameters_are_widened_directly_after_their_products(accelerator: Accelerator) -> None:
@@ -246,8 +250,11 @@ def test_what_the_forward_widened_is_not_kept_for_the_backward(accelerator: Acce
 
 def test_a_script_under_autocast_is_left_alone(accelerator: Accelerator) -> None:
     accelerator.precision = "bf16"
+    net, tokens = Net().to("cuda"), torch.randint(0, 32, (3, 8)).to("cuda")
     with torch.autocast("cuda", BF16):
-        y = Net().to("cuda")(torch.randint(0, 32, (3, 8)).to("cuda"))
+        y = net(tokens)
+        with torch.autocast("cuda", enabled=False):
+            y = y.float() @ net.head.weight
     y.sum().backward()
     y.cpu()
     written, graph = accelerator.largest
@@ -272,3 +279,27 @@ def test_what_a_script_makes_of_gradients_itself_is_fp32(accelerator: Accelerato
     weight.cpu()
     update = [n for n in nodes_of(accelerator.last, aten.mm.default) if n.origin.phase == "forward"][-1]
     assert dtypes(accelerator.last, update) == ([FP32, FP32], [FP32])
+
+
+class Orthogonal(torch.optim.SGD):
+    """Steps along gradients times themselves, in fp32 and in bf16."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                low = p.grad.bfloat16()
+                p.sub_(p.grad @ p.grad.T @ p.grad + (low @ low.T).float() @ p.grad, alpha=group["lr"])
+
+
+def test_products_in_an_optimizer_are_those_it_wrote(accelerator: Accelerator) -> None:
+    accelerator.precision = "bf16"
+    weight = nn.Parameter(randn(8, 8).to("cuda"))
+    optimizer = Orthogonal([weight], lr=0.1)
+    (randn(4, 8).to("cuda") @ weight).sum().backward()
+    optimizer.step()
+    weight.detach().cpu()
+    products = nodes_of(accelerator.last, aten.mm.default)
+    assert [set(dtypes(accelerator.last, n)[0]) for n in products if n.origin.phase != "optimizer"] == [{BF16}]
+    written = [set(dtypes(accelerator.last, n)[0]) for n in products if n.origin.phase == "optimizer"]
+    assert written == [{FP32}, {FP32}, {BF16}, {FP32}]

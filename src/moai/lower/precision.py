@@ -16,7 +16,8 @@ and outputs keep their types: parameters and states stay as they are, and so doe
 
 A script that computes products in half precision, by autocast or on its own, has made its choice: it is left alone.
 
-"fp64" holds every fp32 value as fp64. Random numbers are drawn in fp32, so that they are those of the script.
+"fp64" holds every fp32 value as fp64. Random numbers are drawn in fp32, so that they are those of the script; grouped
+products and gradient scalers, which have no fp64 kernels, run in fp32.
 """
 
 from __future__ import annotations
@@ -96,10 +97,14 @@ _STEEP = frozenset(
 # They read bf16 and add up in fp32 when told that the result is fp32.
 _SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
 
-# Random numbers differ by the type they are drawn in; bits of fp32 are no fp64.
+# Random numbers differ by the type they are drawn in; bits of fp32 are no fp64; the others have no kernel for fp64.
 _FP32_ALWAYS = frozenset(
-    {moai.random.default, moai.multinomial.default, moai.as_strided_scatter.default, aten.view.dtype}
-)
+    {
+        moai.random.default, moai.multinomial.default, moai.as_strided_scatter.default, aten.view.dtype,
+        aten._amp_foreach_non_finite_check_and_unscale.default, aten._amp_update_scale.default,
+        aten._grouped_mm.default,
+    }
+)  # fmt: skip
 
 # Arguments and results that are fp32 in whatever type the operator computes.
 _STATISTICS = frozenset({"lse"})
@@ -119,13 +124,9 @@ def in_precision(
     """
     if precision == "fp64":
         return _in_fp64(nodes, types, outputs)
-    if precision == "bf16" and not any(_is_half_product(node, types) for node in nodes):
+    if precision == "bf16":
         return _in_bf16(nodes, types, inputs, outputs)
     return nodes, list(types)
-
-
-def _is_half_product(node: Node, types: Sequence[TensorType]) -> bool:
-    return node.op in _PRODUCTS and any(types[o].dtype in _HALVES for o in flat_ids(node.outs))
 
 
 class _Kind(Enum):
@@ -154,6 +155,8 @@ def _in_bf16(
 ) -> tuple[list[Node], list[TensorType]]:
     kinds = _Kinds(types)
     treated = [kinds.treated(node) for node in nodes]
+    if kinds.chosen_by_script:
+        return nodes, list(types)
     parameters = {i.id for i in inputs if not i.batch and types[i.id].dtype == torch.float32}
     walk = Retyping(types, parameters, _fixed(treated, outputs))
     for one in treated:
@@ -209,9 +212,13 @@ def _follow(walk: Retyping, one: _Treated) -> None:
 
 
 class _Kinds:
-    """How each node is to be treated, asked in order."""
+    """How each node is to be treated, asked in order.
+
+    `chosen_by_script`: the script has products in half precision, other than in its optimizer.
+    """
 
     def __init__(self, types: Sequence[TensorType]):
+        self.chosen_by_script = False
         self._types = types
         self._gradients = set[int]()  # results of the backward pass, and what a script makes of them
         self._counts = set[int]()  # fp32 values made of constants and integers alone
@@ -230,6 +237,8 @@ class _Kinds:
             self._counts.update(outs)
         if updates:
             return _Kind.AS_WRITTEN
+        if node.op in _PRODUCTS and any(self._types[o].dtype in _HALVES for o in outs):
+            self.chosen_by_script = True
         if node.op is aten._to_copy.default:
             return _Kind.CAST
         if any(self._is_float(i) and self._types[i].dtype != torch.float32 for i in (*operands, *outs)):
