@@ -73,6 +73,19 @@ def whole(parts: Local, placement: Placement, mesh: Mesh) -> torch.Tensor:
     return found
 
 
+class _Arriving:
+    """Sums on their way to where they are to lie."""
+
+    def __init__(self, places: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> None:
+        self._places, self._sums = places, sums
+
+    def arrive(self) -> tuple[()]:
+        for place, sum_ in zip(self._places, self._sums, strict=True):
+            assert place.isnan().all(), "touched while it was summed"
+            place.copy_(sum_)
+        return ()
+
+
 class _Devices:
     """The values of all devices, and the pass of the loop that they are in."""
 
@@ -126,8 +139,12 @@ class _Devices:
     def _execute(self, instruction: Instruction) -> None:
         ranks = range(self.mesh.n_devices)
         args = [self._resolved(instruction.args, r) for r in ranks]
-        if instruction.op in _COLLECTIVES:
+        if instruction.kwargs.get("in_place"):
+            results = self._sum_in_place(args)
+        elif instruction.op in _COLLECTIVES:
             results = self._collective(instruction.op, args)
+        elif instruction.op == "bucket":
+            results = [tuple(torch.full(shape, torch.nan, dtype=dtype) for shape in shapes) for shapes, dtype in args]
         elif instruction.op in ("accumulate", "collect"):
             assert self.step is not None, f"{instruction} outside of a loop"
             handed_on = _accumulate if instruction.op == "accumulate" else _collect
@@ -167,7 +184,7 @@ class _Devices:
 
     def _collective(self, op: str, args: list[Any]) -> list[Any]:
         if op == "wait":
-            return [tuple(a[0]) for a in args]
+            return [a[0].arrive() if isinstance(a[0], _Arriving) else tuple(a[0]) for a in args]
         xs, (axes, *how) = [a[0] for a in args], args[0][1:]
         for a in args:
             assert a[1:] == args[0][1:], f"devices issue different {op}: {a[1:]} and {args[0][1:]}"
@@ -185,6 +202,15 @@ class _Devices:
             [_combined(op, [xs[p][i] for p in g], g.index(r), cut) for i, cut in enumerate(cuts)]
             for r, g in enumerate(groups)
         ]
+
+    def _sum_in_place(self, args: list[Any]) -> list[_Arriving]:
+        """The terms are gone from the start on, and the sums are there from the wait on."""
+        sums = self._collective("all_reduce_start", args)
+        found = [_Arriving(a[0], s) for a, s in zip(args, sums, strict=True)]
+        for a in args:
+            for x in a[0]:
+                x.fill_(torch.nan)
+        return found
 
     def _bind(self, instruction: Instruction, result: Any, rank: int) -> None:
         def assign(outs: Any, values: Any) -> None:

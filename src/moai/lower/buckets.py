@@ -4,13 +4,17 @@ In: instructions in which every sum over devices, and every gathering of a state
 where its result is first needed. Out: the same with collectives joined. A bucket of sums starts right behind its last
 term and is awaited right before its first use; a bucket of gathered states starts where the bucket before it is first
 used, so that at most two are under way. One that nothing can be joined to, and that is small, stays as it is.
+
+Terms of a large sum are written into the bucket's memory right where they are made, and become the sum in place.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from moai.graph.step_graph import Ref, flat_ids
 from moai.lower.cleanup import uses
@@ -22,6 +26,10 @@ _MIN_BYTES, _MAX_BYTES = 4 << 20, 25 << 20
 # About so many buckets a step: what remains to be awaited after the last gradient is one of them.
 _BUCKETS = 4
 _SMALL = 4096
+# A message of so many bytes is worth to be put together where its terms are made.
+_WORTH_IT = 1 << 20
+
+_COPY = "aten.copy_.default"
 
 _SUMS = frozenset({"all_reduce", "reduce_scatter"})
 _BOUNDS = frozenset({"repeat", "end_repeat"})
@@ -100,15 +108,65 @@ def _joined(chosen: Sequence[Instruction], rest: Sequence[Instruction], values: 
     buckets = _ahead(timed, values) if chosen[0].op == "all_gather" else _fill(timed, values)
     before: dict[int, list[Instruction]] = defaultdict(list)
     after: dict[int, list[Instruction]] = defaultdict(list)
+    instead: dict[int, list[Instruction]] = {}
+    readers = Counter(i for instruction in (*rest, *chosen) for i in uses(instruction))
     for bucket in buckets:
-        start, wait = _emitted(bucket, values)
+        start: Instruction | None
+        if _is_written_in_place(bucket, readers, values):
+            start, wait = _written_in_place(bucket, rest, before, instead, values)
+        else:
+            start, wait = _emitted(bucket, values)
         if start is not None:
             after[bucket.ready].append(start)
         before[bucket.due].append(wait)
     out = list(after[-1])
     for at, instruction in enumerate(rest):
-        out += (*before[at], instruction, *after[at])
+        out += (*before[at], *instead.get(at, (instruction,)), *after[at])
     return out + before[len(rest)]
+
+
+def _is_written_in_place(bucket: _Bucket, readers: Counter[int], values: Values) -> bool:
+    """Whether the terms can be made in the bucket: all are made in this part of the program, for this sum alone."""
+    first = bucket.members[0].instruction
+    wide = values.types[first.outs].dtype in (torch.float32, torch.float64)
+    return (
+        first.op == "all_reduce"
+        and wide
+        and bucket.bytes >= _WORTH_IT
+        and all(m.ready >= 0 and readers[m.instruction.args[0].id] == 1 for m in bucket.members)
+    )
+
+
+def _written_in_place(
+    bucket: _Bucket,
+    rest: Sequence[Instruction],
+    before: dict[int, list[Instruction]],
+    instead: dict[int, list[Instruction]],
+    values: Values,
+) -> tuple[Instruction, Instruction]:
+    """The start and the wait of a sum whose terms are made where their sum will be. `before` gets the bucket's memory,
+    `instead` what takes the place of the terms' instructions."""
+    members = [m.instruction for m in bucket.members]
+    sums = tuple(m.outs for m in members)
+    where = members[-1].where
+    shapes = tuple(values.local_shape(o) for o in sums)
+    memory = Instruction("bucket", (shapes, values.types[sums[0]].dtype), {}, sums, (), shapes, where)
+    before[min(m.ready for m in bucket.members)].append(memory)
+    for timed in bucket.members:
+        made = instead.setdefault(timed.ready, [rest[timed.ready]])
+        term, target = timed.instruction.args[0].id, Ref(timed.instruction.outs)
+        (at,) = [k for k, i in enumerate(made) if term in flat_ids(i.outs)]
+        source = made[at]
+        if source.op == "aten.mm.default":
+            made[at] = replace(source, op="aten.mm.out", kwargs={"out": target}, outs=None, shapes=())
+        elif source.op == "aten._to_copy.default":
+            made[at] = Instruction(_COPY, (target, source.args[0]), {}, None, (), (), source.where)
+        else:
+            made.append(Instruction(_COPY, (target, Ref(term)), {}, None, (), (), source.where))
+    handle = values.new_bucket(0)
+    terms = tuple(map(Ref, sums))
+    start = Instruction("all_reduce_start", (terms, members[0].args[1]), {"in_place": True}, handle, (), (), where)
+    return start, Instruction("wait", (Ref(handle),), {}, (), (), (), where)
 
 
 def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:

@@ -48,10 +48,10 @@ def _attention(build: Builder, tp: int) -> None:
         build(call.op, *args, out=call.node.outs)
         return
     dq, dk, dv = call.node.outs
-    types = [None if o is None else build.new(call.type_of(k)) for o in (dk, dv)]
-    build.nodes.append(Node(call.op, args, {}, (dq, *types), call.node.origin))
-    for repeated, out in zip(types, (dk, dv), strict=True):
-        if out is not None:
+    of_repeated = [None if o is None else build.new(call.type_of(k)) for o in (dk, dv)]
+    build.nodes.append(Node(call.op, args, {}, (dq, *of_repeated), call.node.origin))
+    for repeated, out in zip(of_repeated, (dk, dv), strict=True):
+        if repeated is not None:
             build(moai.sum_heads.default, Ref(repeated), key[1], group, 0, out=out)
 
 

@@ -47,8 +47,8 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     """
     plan = _fitted(graph, plan, given)
     mesh = plan.mesh
-    nodes, types, outputs = canonical(graph)
-    nodes, types = in_precision(nodes, types, graph.inputs, outputs, plan.precision)
+    nodes, spelled, outputs = canonical(graph)
+    nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
     values = Values(types, mesh)
     split = tensor_parallel(nodes, values, graph.inputs, plan)

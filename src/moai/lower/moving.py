@@ -84,7 +84,7 @@ def moved(values: Values, id_: int, wanted: Placement, where: str) -> tuple[int,
     if summed:
         axes = tuple(a for a, _ in values.mesh.axes if a in summed)
         return out, [_instruction(values, "all_reduce", (Ref(id_), axes, "sum"), out, where)]
-    (gone,) = [s for s in now.shards if s not in wanted.shards] or [None]
+    gone = next((s for s in now.shards if s not in wanted.shards), None)
     if gone is None or (gained and TIME in gained[0].axes):
         (shard,) = gained
         return out, _sliced(values, id_, shard, gone, out, where)

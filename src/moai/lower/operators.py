@@ -16,7 +16,7 @@ aten = torch.ops.aten
 STARTS = frozenset({"all_reduce_start", "all_gather_start", "reduce_scatter_start"})
 COLLECTIVES = STARTS | {"all_reduce", "all_gather", "reduce_scatter"}
 LOOPS = frozenset({"repeat", "end_repeat", "accumulate", "collect", "take", "join"})
-BUILTINS = COLLECTIVES | LOOPS | {"wait", "micro_sum", "micro_join"}
+BUILTINS = COLLECTIVES | LOOPS | {"bucket", "wait", "micro_sum", "micro_join"}
 
 # Their results share memory with the argument although their schemas do not say so.
 _SILENT_VIEWS = frozenset(

@@ -20,12 +20,15 @@ xs a tuple of Refs of one dtype; dim, sizes and blocks are those of the Shard (o
     all_gather_start(xs, axes, cuts)          -> handle cuts: one (dim, sizes, blocks) for each of the xs
     reduce_scatter_start(xs, axes, cuts)      -> handle
     wait(handle)                              -> tuple of results, in the order of the start's xs
+    bucket(shapes, dtype)                     -> tuple of tensors, one behind the other in fresh memory
+    all_reduce_start(xs, axes, in_place=True) -> handle the xs are all tensors of a bucket, and become the sums; nobody
+                                                 touches them before the wait, which returns an empty tuple
 
 The loop over micro-batches. The instructions between repeat and its end_repeat run `mesh.steps` times; what a pass
 defines is gone after it, but for what the instructions below hand on. There are no loops inside of loops.
 
     repeat()
-    end_repeat()
+    end_repeat()                                 what it frees is let go of behind the last pass
     accumulate(x, owned)                      -> total: x in the first pass, then x is added to it in place. `owned`:
                                                  the memory of x is nobody else's, so the first pass may keep x itself
     collect(x)                                -> list of every pass's x (its memory is not copied: nobody overwrites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from moai.lower.program import PerRank
 class Values:
     """Types and placements by value id. Ids below the graph's number of values are the graph's own."""
 
-    def __init__(self, types: tuple[TensorType, ...], mesh: Mesh):
+    def __init__(self, types: Sequence[TensorType], mesh: Mesh):
         self.mesh = mesh
         self.types = dict(enumerate(types))
         self._placements: dict[int, Placement] = {}

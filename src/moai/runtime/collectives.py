@@ -61,7 +61,7 @@ class Peers(Protocol):
 
     def reduce_scatter(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor: ...
 
-    def all_reduce_start(self, xs: Sequence[torch.Tensor]) -> Started: ...
+    def all_reduce_start(self, xs: Sequence[torch.Tensor], *, in_place: bool = False) -> Started: ...
 
     def all_gather_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started: ...
 
@@ -136,8 +136,11 @@ class Group:
     def reduce_scatter(self, x: torch.Tensor, dim: int, sizes: Sequence[int], blocks: int) -> torch.Tensor:
         return wait(self.reduce_scatter_start((x,), ((dim, sizes, blocks),)))[0]
 
-    def all_reduce_start(self, xs: Sequence[torch.Tensor], kind: str = "sum") -> Started:
+    def all_reduce_start(self, xs: Sequence[torch.Tensor], kind: str = "sum", *, in_place: bool = False) -> Started:
         _check_dtype(xs[0])
+        if in_place:
+            flat = memory_of_bucket(xs)
+            return Started(dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True), tuple)
         if kind == "sum" and xs[0].dtype in HALVES and len(self._coordinates) > 2:
             return self._sum_halves_start(xs)
         shapes = [x.shape for x in xs]
@@ -213,6 +216,18 @@ class Group:
             received.view(-1), message, [length] * len(lengths), list(lengths), self._group, async_op=True
         )
         return work, received
+
+
+def bucket(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Tensors of `shapes`, one after another in fresh memory."""
+    return _views(torch.empty(_length(shapes), dtype=dtype, device=device), shapes)
+
+
+def memory_of_bucket(xs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The memory that the tensors of a bucket, in order, make up."""
+    length = sum(x.numel() for x in xs)
+    assert xs[0].untyped_storage().nbytes() == length * xs[0].itemsize, "these are not all tensors of a bucket"
+    return xs[0].as_strided((length,), (1,), 0)
 
 
 def _check_dtype(x: torch.Tensor) -> None:

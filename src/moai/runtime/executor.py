@@ -221,6 +221,8 @@ class _Binding:
             return None
         args = map_args(instruction.args, self._place.in_every_pass)
         kwargs = map_args(instruction.kwargs, self._place.in_every_pass)
+        if op == "bucket":
+            return Call(collectives.bucket, (*args, self._device), kwargs)
         if op == collectives.WAIT:
             return Call(collectives.wait, args, kwargs)
         if op in collectives.NAMES:
