@@ -25,6 +25,7 @@ from moai.lower.values import Values
 _MIN_BYTES, _MAX_BYTES = 4 << 20, 25 << 20
 # About so many buckets a step: what remains to be awaited after the last gradient is one of them.
 _BUCKETS = 4
+_GATHERED_BUCKETS, _MIN_GATHERED = 16, 256 << 10
 _SMALL = 4096
 # A message of so many bytes is worth to be put together where its terms are made.
 _WORTH_IT = 1 << 20
@@ -184,8 +185,11 @@ def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
-    """States by the order of their first use; each bucket starts where the one before it is awaited."""
-    enough = min(max(sum(g.nbytes for g in gathers) // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
+    """States by the order of their first use; each bucket starts where the one before it is awaited.
+
+    Two buckets are on the device at a time, which is what spreading the states was to avoid: they are kept small.
+    """
+    enough = min(max(sum(g.nbytes for g in gathers) // _GATHERED_BUCKETS, _MIN_GATHERED), _MAX_BYTES)
     full: list[_Bucket] = []
     filling: dict[object, _Bucket] = {}
     for member in sorted(gathers, key=lambda g: g.due):
