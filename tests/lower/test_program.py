@@ -230,6 +230,22 @@ def second_index(program: Program, replaced: int) -> int:
     return [o.replaces for o in program.outputs].index(replaced)
 
 
+# -- parts of length 1
+
+
+def test_a_squeeze_takes_away_what_is_of_length_1_everywhere_and_not_in_a_part():
+    g = graph(
+        [(3, 1, 4), (3, 4), (3, 1, 4)],
+        [(aten.squeeze.default, (Ref(0),), 1), (aten.squeeze.dim, (Ref(0), -3), 2)],
+        [1, 2],
+        batch=[0],
+    )
+    x = torch.randn(3, 1, 4)
+    without, unchanged = run(lower(g, Plan(dp=3), [None]), [x])
+    torch.testing.assert_close(without, x[:, 0])
+    torch.testing.assert_close(unchanged, x)
+
+
 # -- memory
 
 

@@ -1,4 +1,4 @@
-"""Random chains of operators, on inputs that lie anyhow, give what plain PyTorch gives."""
+"""Random chains of operators, on any mesh and on inputs that lie anyhow, give what plain PyTorch gives."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from moai.graph.placement import Partial, Placement, Replicate, Shard
 from moai.lower import lower
 from moai.plan.plan import Plan
 from tests.lower.lockstep import run
-from tests.lower.step_tracing import trace
+from tests.lower.placements import random_placement
+from tests.lower.step_tracing import phase, trace
 
 Tensor = torch.Tensor
 Step = Callable[[list[Tensor]], Tensor]
-CHAINS_A_SEED = 25
+SEEDS, CHAINS_A_SEED = 8, 25
 
 
 def _dim(t: Tensor, r: random.Random) -> int:
@@ -94,10 +94,17 @@ TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
 
 
 def _chain(inputs: list[Tensor], seed: str) -> list[Tensor]:
-    """A chain of random operators, the same for the same seed; some results are reused, some are given back."""
+    """A chain of random operators, the same for the same seed; some results are reused, some are given back.
+
+    What comes first is the forward, what comes last the backward, and perhaps the optimizer.
+    """
     r = random.Random(seed)
     made = list(inputs)
-    for _ in range(r.randint(3, 12)):
+    length = r.randint(3, 12)
+    begins = {r.randrange(length): "backward"} | ({length - 1: "optimizer"} if r.random() < 0.2 else {})
+    for k in range(length):
+        if k in begins:
+            phase(begins[k])
         t = r.choice(made[-3:])
         peers = [p for p in made if p.shape == t.shape]
         made.append(r.choice(TWO)(t, r.choice(peers)) if r.random() < 0.3 else r.choice(ONE)(t, r))
@@ -106,30 +113,40 @@ def _chain(inputs: list[Tensor], seed: str) -> list[Tensor]:
     return [t.clone() for t in made[-2:]]
 
 
-def _placement(t: Tensor, n: int, r: random.Random) -> Placement | None:
-    """Anything a tensor may lie like; parts may be uneven, and even empty."""
-    kind = r.choice(("host", "whole", "partial", "split", "split"))
-    if kind == "split" and t.dim():
-        d = r.randrange(t.dim())
-        cuts = sorted(r.randint(0, t.size(d)) for _ in range(n - 1))
-        return Shard(d, tuple(b - a for a, b in zip([0, *cuts], [*cuts, t.size(d)], strict=True)))
-    return {"host": None, "whole": Replicate(), "partial": Partial()}.get(kind)
+def _plan(samples: int, r: random.Random) -> Plan:
+    """Any mesh whose devices and passes have a sample each, or one without passes."""
+    dp, tp = r.choice([(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 2), (4, 2)])
+    micro = r.randint(1, max(samples // dp, 1))
+    shard = 2 if dp == 4 and r.random() < 0.5 else None
+    return Plan(dp, tp, micro=micro, shard=shard, distribute_param=r.random() < 0.5)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_random_chain_gives_one_devices_numbers(seed: int):
-    torch.set_num_threads(1)
-    r = random.Random(seed)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_random_chain_gives_one_devices_numbers(seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)
     for k in range(CHAINS_A_SEED):
-        name = f"{seed}/{k}"
-        torch.manual_seed(k)
-        shape = [r.randint(1, 7) for _ in range(r.randint(1, 3))]
-        inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
-        graph = trace(lambda *args, name=name: tuple(_chain(list(args), name)), [], inputs)
-        expected = _chain(inputs, name)
-        n = r.randint(1, 4)
-        program = lower(graph, Plan(n), [_placement(t, n, r) if n > 1 else None for t in inputs])
-        for a, b in zip(run(program, inputs), expected, strict=True):
-            torch.testing.assert_close(
-                a, b, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        check(f"{seed}/{k}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS, 20 * SEEDS))
+def test_many_random_chains_give_one_devices_numbers(seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)
+    for k in range(CHAINS_A_SEED):
+        check(f"{seed}/{k}")
+
+
+def check(name: str) -> None:
+    """Compare the chain `name` on some mesh, with inputs that lie anyhow, with plain PyTorch."""
+    torch.set_num_threads(1)
+    r = random.Random(name)
+    torch.manual_seed(r.randrange(1000))
+    shape = [r.randint(1, 9), *(r.randint(1, 7) for _ in range(r.randrange(3)))]
+    inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+    plan = _plan(shape[0], r)
+    graph = trace(lambda *args: tuple(_chain(list(args), name)), inputs[:1], inputs[1:])
+    given = [random_placement(t.shape, plan.mesh, r) if r.random() < 0.6 else None for t in inputs]
+    program = lower(graph, plan, given)
+    about = f"chain {name}, {plan}, inputs {', '.join(map(str, given))}"
+    for a, b in zip(run(program, inputs), _chain(inputs, name), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m: f"{about}: {m}")

@@ -4,6 +4,7 @@ In: StepGraph. Out: nodes with the same meaning, without those whose results nob
 
 - a view by sizes is aten.reshape with explicit sizes (a part of a tensor may lie in memory as it likes);
 - an expansion has explicit sizes;
+- a squeeze names the dims that it takes away (a part of a longer dim may have length 1, too);
 - a tensor filled with one number is aten.full, whatever tensor its shape was taken from (that one need not be there);
 - copies, and views that change nothing, are gone: a value is its content, and nobody writes to it;
 - nothing names a device or a memory layout: a Program runs where its worker is.
@@ -43,8 +44,10 @@ _COPIES = frozenset(
         aten.lift_fresh_copy.default,
         aten.reshape.default,
         aten.expand.default,
+        aten.squeeze.dims,
     }
 )
+_SQUEEZES = frozenset({aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims})
 _PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 # Their kernels look at the memory: it has to lie densely.
 _NEED_DENSE = frozenset({aten.view_as_complex.default, aten.view.dtype})
@@ -103,6 +106,12 @@ class _Walk:
         if node.op in _RESHAPES or node.op is aten.expand.default:
             op = aten.expand.default if node.op is aten.expand.default else aten.reshape.default
             return replace(node, op=op, args=(node.args[0], self.types[node.outs].shape), kwargs={})
+        if node.op in _SQUEEZES:
+            shape = self.types[node.args[0].id].shape
+            named = node.args[1] if len(node.args) > 1 else range(len(shape))
+            named = (named,) if isinstance(named, int) else named
+            gone = tuple(d for d, s in enumerate(shape) if s == 1 and (d in named or d - len(shape) in named))
+            return replace(node, op=aten.squeeze.dims, args=(node.args[0], gone), kwargs={})
         if node.op in _FILLED or node.op in _UNFILLED:
             type_ = self.types[node.outs]
             kwargs = {"dtype": type_.dtype}

@@ -18,7 +18,7 @@ import torch
 from moai.graph.placement import TIME, Mesh, Placement, Shard
 from moai.graph.step_graph import Ref, TensorType
 from moai.lower.program import Instruction
-from moai.lower.values import Values, joined, local_lengths, offsets, per_rank, within
+from moai.lower.values import Values, joined, offsets, per_rank, within
 
 aten = torch.ops.aten
 
@@ -89,8 +89,7 @@ def moved(values: Values, id_: int, wanted: Placement, where: str) -> tuple[int,
         (shard,) = gained
         return out, _sliced(values, id_, shard, gone, out, where)
     if gone.axes[-1] == TIME:
-        assert gone.blocks == 1, "samples do not come in blocks"
-        return out, [_instruction(values, MICRO_JOIN, (Ref(id_), gone.dim), out, where)]
+        return out, _for_each_block(values, id_, MICRO_JOIN, (), gone, out, where)
     args = (Ref(id_), gone.axes, gone.dim, gone.sizes, gone.blocks)
     return out, [_instruction(values, "all_gather", args, out, where)]
 
@@ -106,26 +105,30 @@ def _sliced(values: Values, id_: int, shard: Shard, coarse: Shard | None, out: i
     else:
         begins, ends = within(shard.sizes, coarse.sizes), within(shard.sizes, coarse.sizes, ends=True)
     bounds = per_rank(shard.axes, begins), per_rank(shard.axes, ends)
-    if shard.blocks == 1:
-        return [_instruction(values, str(aten.slice.Tensor), (Ref(id_), shard.dim, *bounds), out, where)]
-    return _sliced_blocks(values, id_, shard, bounds, out, where)
+    return _for_each_block(values, id_, str(aten.slice.Tensor), bounds, shard, out, where)
 
 
-def _sliced_blocks(
-    values: Values, id_: int, shard: Shard, bounds: tuple[Any, Any], out: int, where: str
+def _for_each_block(
+    values: Values, id_: int, op: str, args: tuple[Any, ...], shard: Shard, out: int, where: str
 ) -> list[Instruction]:
-    """The same part of every block, side by side."""
-    type_, now, d = values.type(id_), values.placement(id_), shard.dim
-    assert all(s.dim != d for s in now.shards), "blocks are cut out of whole dims"
-    spread = (*type_.shape[:d], shard.blocks, type_.shape[d] // shard.blocks, *type_.shape[d + 1 :])
-    shifted = tuple(replace(s, dim=s.dim + (s.dim > d)) for s in now.shards)
-    apart = values.new(TensorType(spread, type_.dtype), Placement(shifted, now.partial))
-    part = replace(shard, dim=d + 1, blocks=1)
-    inner = tuple(sorted((*shifted, part), key=lambda s: s.dim))
-    cut = values.new(TensorType(spread, type_.dtype), Placement(inner, now.partial))
+    """`out` = op(value `id_`, dim, *args) within every block of the dim of `shard`: blocks are a dim meanwhile."""
+    type_, d = values.type(id_), shard.dim
+    if shard.blocks == 1:
+        return [_instruction(values, op, (Ref(id_), d, *args), out, where)]
+    spread = TensorType(
+        (*type_.shape[:d], shard.blocks, type_.shape[d] // shard.blocks, *type_.shape[d + 1 :]), type_.dtype
+    )
+    before = values.new(spread, _blocks_apart(values.placement(id_), d))
+    after = values.new(spread, _blocks_apart(values.placement(out), d))
     reshape = str(aten.reshape.default)
     return [
-        _instruction(values, reshape, (Ref(id_), local_lengths(spread, values.placement(apart))), apart, where),
-        _instruction(values, str(aten.slice.Tensor), (Ref(apart), d + 1, *bounds), cut, where),
-        _instruction(values, reshape, (Ref(cut), values.local_shape(out)), out, where),
+        _instruction(values, reshape, (Ref(id_), values.local_shape(before)), before, where),
+        _instruction(values, op, (Ref(before), d + 1, *args), after, where),
+        _instruction(values, reshape, (Ref(after), values.local_shape(out)), out, where),
     ]
+
+
+def _blocks_apart(placement: Placement, d: int) -> Placement:
+    """`placement` where the blocks of dim `d` have become a dim of their own, before it."""
+    shards = (replace(s, dim=s.dim + (s.dim >= d), blocks=1 if s.dim == d else s.blocks) for s in placement.shards)
+    return replace(placement, shards=tuple(shards))

@@ -179,7 +179,7 @@ def split_for(dims: DimFactors, shard: Shard) -> Split | None:
     if entry is None:
         return None
     factor, unit, blocks = _parts(entry)
-    if shard.blocks % blocks or (blocks > 1 and TIME in shard.axes):
+    if shard.blocks % blocks:
         return None
     sizes = steps(shard.sizes, unit)
     return None if sizes is None else Split(factor, shard.axes, sizes, shard.blocks // blocks)
