@@ -37,6 +37,9 @@ PLANS = (
     Plan(dp=2, tp=2),
     Plan(dp=2, tp=2, micro=2, **SHARDED),
     Plan(dp=2, tp=2, **LOW),
+    Plan(dp=2, recompute="default"),
+    Plan(tp=2, micro=2, recompute="full"),
+    Plan(dp=2, micro=2, recompute="full", **LOW),
 )
 
 

@@ -195,7 +195,7 @@ def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
     for member in sorted(gathers, key=lambda g: g.due):
         dtype = values.types[member.instruction.outs].dtype
         bucket = filling.get(dtype)
-        if bucket is None or bucket.bytes >= enough or bucket.bytes + member.nbytes > _MAX_BYTES:
+        if bucket is None or not bucket.takes(member) or bucket.bytes >= enough:
             bucket = filling[dtype] = _Bucket()
             full.append(bucket)
         bucket.join(member)

@@ -108,17 +108,18 @@ def euclidean_norm(build: Builder, placements: Sequence[Placement]) -> None:
 
 
 def class_loss(build: Builder, placements: Sequence[Placement]) -> None:
-    """nll_loss with a mean: the sum of the losses over the sum of the weights, both over the whole batch."""
+    """nll_loss with a mean: the sum of the losses over the sum of the weights, both over the whole batch. The weights
+    are summed apart: they are known before the scores are."""
     call = build.call
     if call["reduction"] != MEAN:
         return
     loss, weight = call.node.outs
-    args = (call["self"], call["target"], call["weight"], SUM, call["ignore_index"])
-    if weight is None:
-        total, count = build(call.op, *args)
-    else:
-        total, count = build(call.op, *args, out=(build.new(call.outputs[0]), weight))
+    target, weights, ignored = call["target"], call["weight"], call["ignore_index"]
+    dtype = build.type(call["self"]).dtype
+    count = build(torch.ops.moai.class_weight.default, target, weights, ignored, dtype, out=weight)
     if loss is not None:
+        unused = build.new(TensorType((), dtype))
+        total, _ = build(call.op, call["self"], target, weights, SUM, ignored, out=(build.new(call.outputs[0]), unused))
         build(aten.div.Tensor, total, count, out=loss)
 
 

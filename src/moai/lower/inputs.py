@@ -43,7 +43,11 @@ def arrivals(
         if input_.batch:
             found.append(_of_data(type_, batch, plan, mesh, present))
         else:
-            found.append(_of_state(type_, plan, mesh, present, tensor_parallel.get(k), k in replaced))
+            passing = input_.dies and k not in replaced  # an activation or a gradient of an earlier segment
+            if passing and present is not None:
+                found.append(Arrival(present, present))
+            else:
+                found.append(_of_state(type_, plan, mesh, present, tensor_parallel.get(k), k in replaced))
     return found
 
 

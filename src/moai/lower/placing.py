@@ -82,6 +82,7 @@ class Placer:
             tuple[int, Placement, Hashable], int
         ] = {}  # (value, placement, use) -> the value so placed
         self._sums: dict[int, int] = {}  # values left in terms -> their sum
+        self._samples: set[int] = set()  # inputs that are split along the batch, if at all
         self._begun: dict[int, int] = {}  # inputs -> what the nodes use in their stead
         self._constants: dict[int, Node] = {}  # values made from numbers alone, by their node
         self._strided: set[int] = set()  # views, whose entries may lie apart
@@ -89,6 +90,8 @@ class Placer:
 
     def begin(self, id_: int, wanted: Placement) -> None:
         """Have the nodes use input `id_`, which has been placed, in placement `wanted`."""
+        if id_ not in self.stored:
+            self._samples.add(id_)
         if self._values.placement(id_) != wanted:
             self._begun[id_] = self.placed(id_, wanted, Origin("forward"))
 
@@ -136,7 +139,7 @@ class Placer:
             return id_
         if id_ in self.stored:
             return id_ if node.op in _CASTS else self._gathered(id_, node.origin)
-        if TIME in self._batch_axes:
+        if TIME in self._batch_axes and id_ in self._samples:
             return self._in_micro_batches(id_, node.origin)
         return id_
 
@@ -316,6 +319,7 @@ class Placer:
         results = [call.outputs[k] for k in lane.outputs]
         both = [*own, *shared]
         stays = self._stays_partial(call.op, [self._values.type(i) for i in both], results, both)
+        stays = tuple(a for a in stays if a != TIME)  # a list is either of one micro-batch or of all
         own = [self._summed(i, stays, origin) for i in own]
         dims = lane.dims(types, results)
         splits = () if dims is None else choose(dims, types, results, [self._at(i) for i in own])

@@ -162,7 +162,8 @@ def part_of_class_loss(call: Call) -> Dims:
 
 
 def class_weight(call: Call) -> Dims:
-    return Dims(_inputs(call, {"target": ("n",)}), ((),), summed=frozenset("n"))
+    own = tuple(range(len(call.type_of(call["target"]).shape)))
+    return Dims(_inputs(call, {"target": own}), ((),), summed=frozenset(own))
 
 
 def part_of_class_loss_backward(call: Call) -> Dims:
