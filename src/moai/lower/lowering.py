@@ -27,6 +27,7 @@ from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
+from moai.lower.regions import gathered
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
@@ -63,6 +64,7 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     outputs = [renamed.get(o, o) for o in outputs]
     code = in_loops(code, outputs, placer.remade, values)
     code = bucketed(code, values, placer.stored)
+    code = gathered(code, outputs, values)
     donated = _donated(graph)
     borrowed = [i.id for k, i in enumerate(graph.inputs) if k not in donated]
     code, renamed = in_place(code, borrowed, outputs, values)
