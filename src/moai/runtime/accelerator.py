@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from moai.runtime.link import Link
 from moai.runtime.parts import check_split, holders, part_at, total
 from moai.runtime.transport import encode
 from moai.runtime.watchdog import Watchdog
+
+logger = logging.getLogger("moai")
 
 START_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
@@ -323,6 +326,8 @@ class Accelerator:
             match reply:
                 case m.Done(step):
                     self._links[rank].answered(("run", step))
+                case m.Note(text):
+                    logger.warning("%s", text)
                 case m.Pulse():
                     self._pulses[rank] = reply
                     if reply.request:

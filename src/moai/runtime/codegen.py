@@ -8,12 +8,13 @@ line number, in a traceback or of a running frame, names an instruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moai.graph.step_graph import Ref, Scalar, flat_ids
 from moai.lower.program import Instruction, Program
+from moai.lower.regions import Region
 from moai.runtime.loops import REPEAT
 
 LINES_BEFORE = 3
@@ -35,11 +36,18 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def generate(program: Program, calls: Sequence[Call | None], carried: Sequence[int]) -> tuple[str, dict[str, Any]]:
+# A region and what stands for it, by the index of its first instruction: a function of a list, which it empties.
+Compiled = Mapping[int, tuple[Region, Callable[[list[Any]], Any]]]
+
+
+def generate(
+    program: Program, calls: Sequence[Call | None], carried: Sequence[int], compiled: Compiled
+) -> tuple[str, dict[str, Any]]:
     """The source of `run(inputs, scalars) -> list of outputs`, and the globals it needs.
 
-    `calls` has None for the bounds of a loop; values `carried` from pass to pass begin as None. `run` empties the list
-    `inputs`, so that an input's memory can be freed at its last use.
+    `calls` has None for the bounds of a loop; values `carried` from pass to pass begin as None. The lines of a
+    compiled region stay empty but for the first. `run` empties the list `inputs`, so that an input's memory can be
+    freed at its last use.
     """
     constants = _Constants()
     lines = [
@@ -48,8 +56,15 @@ def generate(program: Program, calls: Sequence[Call | None], carried: Sequence[i
         f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars; {_cleared(carried)}",
     ]
     indent = "    "
-    for instruction, call in zip(program.instructions, calls, strict=True):
-        if call is not None:
+    end = 0  # of the last compiled region
+    for index, (instruction, call) in enumerate(zip(program.instructions, calls, strict=True)):
+        if index in compiled:
+            region, function = compiled[index]
+            end = region.stop
+            lines.append(indent + _region_statement(region, constants.named("f", function)))
+        elif index < end:
+            lines.append("")
+        elif call is not None:
             lines.append(indent + _statement(instruction, call, constants))
         elif instruction.op == REPEAT:
             lines.append(f"    for i in range({program.mesh.steps}):")
@@ -77,6 +92,13 @@ def _cleared(ids: Iterable[int], *names: str) -> str:
     """The statement that lets go of values; "" if there are none."""
     targets = [*(f"v{id}" for id in ids), *names]
     return " = ".join([*targets, "None"]) if targets else ""
+
+
+def _region_statement(region: Region, function: str) -> str:
+    """The list alone holds what dies in the region."""
+    given = f"given = [{', '.join(f'v{id}' for id in region.inputs)}]"
+    call = f"{_targets(f'v{id}' for id in region.outputs)} = {function}(given)"
+    return "; ".join(filter(None, (given, _cleared(region.frees), call)))
 
 
 def _targets(names: Iterable[str]) -> str:

@@ -2,13 +2,15 @@
 
 In: a Program, the device's rank, the other devices; then, at each run, local tensors and scalars. Out: local tensors.
 
-The first run is interpreted and checked, shape by shape; later runs are one generated function. Either way an
+The first run is interpreted and checked, shape by shape; later runs are one generated function, in which compiled code
+stands for regions once there is any (`compiled`). Either way an
 instruction that fails is named.
 """
 
 from __future__ import annotations
 
 import linecache
+import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import Any
@@ -22,6 +24,8 @@ from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.runtime import codegen, collectives, loops
 from moai.runtime.codegen import Call, PerPass
 from moai.runtime.collectives import Network, Peers
+from moai.runtime.compiled import Policy, ProgramRegions
+from moai.runtime.inductor import Compiler
 
 
 class InstructionError(RuntimeError):
@@ -35,8 +39,17 @@ class InstructionError(RuntimeError):
 class Executor:
     """See the module docstring. Not thread-safe but for `position`."""
 
-    def __init__(self, program: Program, rank: int, device: torch.device, network: Network | None) -> None:
-        """Meets the peers of the program's collectives; `network` is None for an accelerator of one device.
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        device: torch.device,
+        network: Network | None,
+        compiler: Compiler | None = None,
+        compile: Policy = "auto",
+    ) -> None:
+        """Meets the peers of the program's collectives; `network` is None for an accelerator of one device, `compiler`
+        where nothing is ever compiled.
 
         Raises RuntimeError for an operator that this PyTorch does not have, InstructionError if peers are gone.
         """
@@ -44,7 +57,8 @@ class Executor:
         self._place = _Place(program.mesh, rank)
         self._calls = _Binding(program, self._place, device, network).calls()
         self._carried = loops.carried(program)
-        self._function, self._code = self._compile()
+        self._regions = ProgramRegions(program, self._calls, compiler, compile) if compiler else None
+        self._function, self._code = self._generated({})
         self._checked = False
         self._checking: int | None = None
         donated = {slot.id for slot in program.inputs if slot.donated}
@@ -62,17 +76,27 @@ class Executor:
         if not self._checked:
             self._check_slots("input", self.program.inputs, inputs)
         taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
-        if self._checked:
-            outputs = self._run_generated(inputs, scalars)
-        else:
-            outputs = self._run_checked(inputs, scalars)
-            self._checked = True
+        outputs = self._timed_run(inputs, scalars)
         if self._fresh:
             self._check_slots(
                 "output", [self.program.outputs[i] for i in self._fresh], [outputs[i] for i in self._fresh]
             )
             taken.update(_address(outputs[i]) for i in self._in_place)
             _own_memory(outputs, self._fresh, taken)
+        return outputs
+
+    def _timed_run(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
+        regions = self._regions
+        if regions and (compiled := regions.take()):
+            self._function, self._code = self._generated(compiled)
+        begin = time.perf_counter()
+        if self._checked and not (regions and regions.watching):
+            outputs = self._run_generated(inputs, scalars)
+        else:
+            outputs = self._run_checked(inputs, scalars)
+            self._checked = True
+        if regions:
+            regions.ran(time.perf_counter() - begin)
         return outputs
 
     def position(self, frame: FrameType | None) -> int | None:
@@ -85,8 +109,8 @@ class Executor:
             frame = frame.f_back
         return None
 
-    def _compile(self) -> tuple[Callable[..., list[torch.Tensor]], CodeType]:
-        source, namespace = codegen.generate(self.program, self._calls, self._carried)
+    def _generated(self, compiled: codegen.Compiled) -> tuple[Callable[..., list[torch.Tensor]], CodeType]:
+        source, namespace = codegen.generate(self.program, self._calls, self._carried, compiled)
         filename = f"<program {self.program.name}>"
         exec(compile(source, filename, "exec"), namespace)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -116,6 +140,8 @@ class Executor:
         try:
             for index, step in loops.order(self.program):
                 self._checking = index
+                if self._regions and self._regions.watching:
+                    self._regions.meet(index, values)
                 self._execute(index, step, values, scalars)
         finally:
             self._checking = None

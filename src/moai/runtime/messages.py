@@ -108,6 +108,13 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """Something that the user should know; work goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pulse:
     """A worker's sign of life, one a second.
 
@@ -128,4 +135,4 @@ class Pulse:
 
 
 Command = Load | Unload | Put | Run | Read | Free | Ping
-Reply = Hello | Ready | Done | Part | Failed | Pulse
+Reply = Hello | Ready | Done | Part | Failed | Note | Pulse

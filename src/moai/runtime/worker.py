@@ -25,7 +25,9 @@ from torch.distributed import TCPStore
 from moai.lower.program import Program
 from moai.runtime import messages as m
 from moai.runtime.collectives import NAMES, Distributed, Network
+from moai.runtime.compiled import policy
 from moai.runtime.executor import Executor, InstructionError
+from moai.runtime.inductor import Compiler
 from moai.runtime.launcher import WorkerSpec
 from moai.runtime.transport import PIECE_BYTES, Channel, memory_of, pieces
 
@@ -44,6 +46,8 @@ class Worker:
         self._network: Network | None = None
         self._buffers: dict[int, torch.Tensor] = {}
         self._executors: dict[str, Executor] = {}
+        self._compiler = Compiler(self._device, self._say)
+        self._compile = policy(os.environ)
         self._inbox: queue.SimpleQueue[tuple[m.Command, torch.Tensor | None]] = queue.SimpleQueue()
         self._doing = ""
         self._loading = False
@@ -79,6 +83,10 @@ class Worker:
         if self._spec.size > 1:
             store = TCPStore(*self._spec.store, is_master=False)
             self._network = Distributed(self._device, self._spec.rank, self._spec.size, store)
+
+    def _say(self, text: str) -> None:
+        if self._spec.rank == 0:
+            self._channel.send(m.Note(text))
 
     # The receiving thread.
 
@@ -138,7 +146,9 @@ class Worker:
     def _load(self, program: Program) -> None:
         self._doing = f"load program {program.name}"
         self._loading = True
-        self._executors[program.name] = Executor(program, self._spec.rank, self._device, self._network)
+        self._executors[program.name] = Executor(
+            program, self._spec.rank, self._device, self._network, self._compiler, self._compile
+        )
         self._loading = False
 
     def _run(self, command: m.Run) -> None:
@@ -199,6 +209,8 @@ class Worker:
             executed += position
             doing = f"{instruction.op} ({instruction.where})" if instruction.where else instruction.op
             in_collective = instruction.op in NAMES
+        elif executor and (compiling := self._compiler.doing()):
+            doing = compiling
         memory, peak = self._meter.memory()
         return m.Pulse(
             executed, self._meter.cpu_seconds(), doing, in_collective, memory, peak, self._meter.busy(), request

@@ -1,0 +1,174 @@
+"""Compiled regions: when a program's regions are compiled, and what stands for them then.
+
+In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions.
+
+A program starts as it is. Compiling begins, in the background, once compiled code would have saved by now what it
+costs: a program that has run for so long will probably run for as long again. MOAI_COMPILE=always compiles before the
+third run, and waits for it; MOAI_COMPILE=never does not compile. Ranks need not agree on the run from which they use
+compiled code: a region exchanges nothing with others, and gives the plain numbers but for rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from moai.lower.program import Program
+from moai.lower.regions import Region, regions
+from moai.runtime.codegen import Call
+from moai.runtime.inductor import Body, Compiler, Function, Job, Layout
+
+Policy = Literal["always", "never", "auto"]
+
+# The share of a step that compiled regions save at least, where they save anything.
+_GAIN = 0.03
+# The longest wait where the user wants compiled code at once.
+_WAIT_SECONDS = 600.0
+
+
+def policy(environ: Mapping[str, str]) -> Policy:
+    """MOAI_COMPILE; ValueError for what it cannot be."""
+    match environ.get("MOAI_COMPILE") or "auto":
+        case "always" | "never" | "auto" as found:
+            return found
+        case other:
+            raise ValueError(f"MOAI_COMPILE is {other!r}: it can be always, never or auto")
+
+
+class CompiledRegion:
+    """What stands for a region. Called with a list of its inputs, which it empties.
+
+    Where tensors lie otherwise than the code was compiled for, the operators run. So they do at the first call, and
+    ever after if the compiled code gives other numbers then.
+    """
+
+    def __init__(self, body: Body, layouts: Sequence[Layout], function: Function, compiler: Compiler) -> None:
+        self._body = body
+        self._strides = [x.stride for x in layouts]
+        self._function = function
+        self._compiler = compiler
+        self._tried = False
+
+    def __call__(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if [x.stride() for x in inputs] != self._strides:
+            outputs: Sequence[torch.Tensor] = self._body(inputs)
+        elif self._tried:
+            outputs = self._function(inputs)
+        else:
+            outputs = self._try(inputs)
+        inputs.clear()
+        return outputs
+
+    def _try(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        body = self._body
+        names = body.region.inputs
+        copies = [x.clone() if i in body.overwritten else x for i, x in zip(names, inputs, strict=True)]
+        compiled = self._function(list(copies))
+        apart = _share_no_memory([*compiled, *copies], len(compiled))
+        plain = body(inputs)
+        kept = [at for at, i in enumerate(names) if i in body.kept]
+        found = [*compiled, *(copies[at] for at in kept)]
+        if not apart or not all(map(_close, found, [*plain, *(inputs[at] for at in kept)])):
+            self._compiler.complain("Compiled code gave other numbers than the operators that it stands for")
+            self._function = body
+        self._tried = True
+        return plain
+
+
+def _share_no_memory(tensors: Sequence[torch.Tensor], n: int) -> bool:
+    """Whether each of the first `n` has memory of its own."""
+    counts = Counter(_address(x) for x in tensors if x.numel())
+    return all(counts[_address(x)] <= 1 for x in tensors[:n])
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `a` is `b` but for rounding, measured by the largest entry. What is not a float has to be equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.dtype.is_floating_point or not b.numel():
+        return torch.equal(a, b)
+    usual = b.isfinite()
+    if not torch.equal(usual, a.isfinite()):
+        return False
+    error, size = ((a - b).where(usual, 0.0).abs().max(), b.where(usual, 0.0).abs().max())
+    return bool(error <= size * torch.finfo(b.dtype).eps ** 0.5)
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+class ProgramRegions:
+    """The regions of one program on one device."""
+
+    def __init__(
+        self, program: Program, calls: Sequence[Call | None], compiler: Compiler, wanted: Policy = "auto"
+    ) -> None:
+        self._compiler = compiler
+        self._wanted = wanted
+        self._bodies: dict[int, Body] = {}  # by the index of the first instruction, as all below
+        self._jobs: dict[int, Job] = {}
+        self._runs = 0
+        self._seconds = 0.0
+        self._submitted = self._taken = False
+        if wanted != "never":
+            for region in regions(program):
+                own = [call for call in calls[region.start : region.stop] if call is not None]
+                self._bodies[region.start] = Body(region, program.instructions[region.start : region.stop], own)
+
+    @property
+    def watching(self) -> bool:
+        """Whether `meet` is to be called before every instruction of the coming run. It is the second one: from then on
+        tensors lie as they always will."""
+        return self._runs == 1 and bool(self._bodies)
+
+    def meet(self, index: int, values: Mapping[int, Any]) -> None:
+        """Instruction `index` comes next; `values` are there."""
+        body = self._bodies.get(index)
+        if body is None:
+            return
+        inputs = [values[i] for i in body.region.inputs]
+        if _written_apart(body, inputs):
+            self._jobs[index] = self._compiler.job(body, tuple(map(Layout.of, inputs)))
+
+    def ran(self, seconds: float) -> None:
+        """A run took `seconds`. Has the regions compiled if it is time to."""
+        self._runs += 1
+        self._seconds += seconds
+        if self._submitted or not self._jobs:
+            return
+        jobs = list(self._jobs.values())
+        if self._wanted == "always" or self._seconds * _GAIN > self._compiler.cost(jobs):
+            self._submitted = True
+            self._compiler.submit(jobs)
+        if self._wanted == "always" and not _wait(jobs):
+            self._compiler.complain(f"Compiling a step took more than {_WAIT_SECONDS:.0f} s")
+
+    def take(self) -> dict[int, tuple[Region, CompiledRegion]]:
+        """What stands for the regions: once, when all are compiled."""
+        if self._taken or not self._submitted or not all(job.done.is_set() for job in self._jobs.values()):
+            return {}
+        self._taken = True
+        return {
+            index: (body.region, CompiledRegion(body, job.layouts, job.function, self._compiler))
+            for index, body in self._bodies.items()
+            if (job := self._jobs.get(index)) is not None and job.function is not None
+        }
+
+
+def _written_apart(body: Body, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether what is written in place is no other input's memory: compiled code may write before it is read."""
+    counts = Counter(map(_address, inputs))
+    return all(
+        counts[_address(x)] == 1 for i, x in zip(body.region.inputs, inputs, strict=True) if i in body.overwritten
+    )
+
+
+def _wait(jobs: Sequence[Job]) -> bool:
+    """Wait until `jobs` are done; False if that takes too long."""
+    until = time.monotonic() + _WAIT_SECONDS
+    return all(job.done.wait(max(0.0, until - time.monotonic())) for job in jobs)
