@@ -16,10 +16,11 @@ import torch
 from moai.graph.step_graph import Ref
 from moai.lower.program import Program
 from moai.runtime import compiled, inductor
+from moai.runtime.accelerator import Accelerator
 from moai.runtime.compiled import Policy, ProgramRegions, policy
 from moai.runtime.executor import Executor
 from moai.runtime.inductor import Body, Compiler, Layout, cache_folder
-from tests.runtime.programs import f32, op, program, slot
+from tests.runtime.programs import cpus, f32, op, program, slot
 
 CPU = torch.device("cpu")
 
@@ -271,10 +272,11 @@ def test_the_cache_is_where_the_user_keeps_caches() -> None:
     assert cache_folder({}) == Path.home() / ".cache/moai/inductor"
 
 
-def test_an_unknown_policy_is_refused() -> None:
+def test_an_unknown_policy_is_refused_before_devices_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy({}) == "auto" and policy({"MOAI_COMPILE": "never"}) == "never"
+    monkeypatch.setenv("MOAI_COMPILE", "yes")
     with pytest.raises(ValueError, match="MOAI_COMPILE is 'yes': it can be always, never or auto"):
-        policy({"MOAI_COMPILE": "yes"})
+        Accelerator(cpus(1))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from moai.graph.step_graph import TensorType
 from moai.lower.program import Program, Slot
 from moai.platform.device import Device
 from moai.runtime import messages as m
+from moai.runtime.compiled import policy
 from moai.runtime.launcher import Launcher, LocalLauncher
 from moai.runtime.link import Link
 from moai.runtime.parts import check_split, holders, part_at, total
@@ -82,9 +83,11 @@ class Accelerator:
     """See the module docstring. Methods are for one thread; all raise RuntimeError once a worker has failed."""
 
     def __init__(self, devices: Sequence[Device], launcher: Launcher | None = None) -> None:
-        """Starts one worker a device. RuntimeError if they are not ready within a minute."""
+        """Starts one worker a device. RuntimeError if they are not ready within a minute, ValueError for a
+        MOAI_COMPILE that cannot be."""
         if not devices:
             raise ValueError("an accelerator needs at least one device")
+        policy(os.environ)  # workers read it too, but cannot tell the user as well
         self.devices = tuple(devices)
         self._launcher = launcher or LocalLauncher()
         self._changed = threading.Condition()
