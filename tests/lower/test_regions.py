@@ -139,6 +139,11 @@ def test_a_region_takes_and_gives_whole_tensors():
     assert (region.inputs, region.outputs, region.frees) == ((0, 1), (4,), (0,))
 
 
+def test_an_operator_with_a_kernel_can_be_fused_though_it_could_be_composed_of_others():
+    program = finished(op("aten.exp.default", 2, 0), op("aten.silu_backward.default", 3, 1, 2), outputs=[3])
+    assert len(regions(program)) == 1
+
+
 def test_one_operator_is_no_region():
     program = finished(op("aten.permute.default", 2, 0, (1, 0)), op("aten.exp.default", 3, 2, frees=(2,)), outputs=[3])
     assert regions(program) == ()

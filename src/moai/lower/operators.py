@@ -47,10 +47,15 @@ def is_view(name: str) -> bool:
     if name in _SILENT_VIEWS:
         return True
     op = operator(name)
-    # A composite operator may return its argument; nobody promised that it does not.
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    # An operator composed of others may return its argument; nobody promised that it does not. (Some have a kernel all
+    # the same, like silu_backward, and it is the kernel that runs.)
+    composite = _has_kernel(op, "CompositeImplicitAutograd") and not _has_kernel(op, "CPU")
     returned = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
     return returned or composite
+
+
+def _has_kernel(op: torch._ops.OpOverload, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
 
 
 def overlaps_itself(instruction: Instruction) -> bool:
