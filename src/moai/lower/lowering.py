@@ -7,6 +7,7 @@ device runs. The result is that of one device on the global batch: no operator s
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,10 +30,14 @@ from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
 from moai.lower.regions import gathered
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
+from moai.lower.validate import validate
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
+
+# Set to 1, every program is validated when it is made.
+VALIDATE = "MOAI_VALIDATE"
 
 _names = (f"step{i}" for i in itertools.count())
 
@@ -88,6 +93,8 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
         notes=tuple(placer.notes),
     )
     check(program)
+    if os.environ.get(VALIDATE) == "1":
+        validate(program, values.types)
     return program
 
 

@@ -24,6 +24,7 @@ import torch
 from moai.graph.placement import TIME
 from moai.graph.step_graph import Scalar, flat_ids
 from moai.lower.cleanup import renamed_refs, uses
+from moai.lower.on_meta import written
 from moai.lower.operators import BUILTINS, is_view, operator
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.values import Values
@@ -104,6 +105,7 @@ class _Gathering:
         self._queue: list[Instruction] = []
         self._from_fused: set[int] = set()
         self._from_queue: set[int] = set()
+        self._sums: dict[int, list[int]] = {}  # by the handle that they are awaited with
 
     def add(self, instruction: Instruction) -> None:
         """Views are left out: they are written where they are used."""
@@ -111,7 +113,7 @@ class _Gathering:
             self._views[instruction.outs] = instruction
             return
         needed = {self._source(i) for i in uses(instruction)}
-        results = flat_ids(instruction.outs)
+        results = {*flat_ids(instruction.outs), *self._changed(instruction)}
         if is_fusable(instruction):
             if not needed.isdisjoint(self._from_queue):
                 self.flush()
@@ -156,6 +158,15 @@ class _Gathering:
             self._copy_view(source, names)
         names[id_] = self._values.new(self._values.types[id_], self._values.placement(id_))
         self.out.append(replace(view, args=renamed_refs(view.args, names), outs=names[id_]))
+
+    def _changed(self, instruction: Instruction) -> Iterable[int]:
+        """What is made in the memory of a bucket: by the terms' operators, and by the sum until it has been awaited."""
+        if instruction.op == "wait":
+            return self._sums.get(instruction.args[0].id, ())
+        if instruction.kwargs.get("in_place"):
+            self._sums[instruction.outs] = [x.id for x in instruction.args[0]]
+            return self._sums[instruction.outs]
+        return () if instruction.op in BUILTINS else written(instruction)
 
     def _source(self, id_: int) -> int:
         """The tensor that a view is one of."""
