@@ -9,7 +9,7 @@ variant, and `Output.replaces` says whose storage the result takes over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,31 +138,42 @@ class StepGraph:
         return "\n".join(lines)
 
 
-def flat_ids(outs: Any) -> Iterator[int]:
+# The three walks below are most of what lowering does; they build lists since generators in generators take thrice as
+# long.
+
+
+def flat_ids(outs: Any) -> Sequence[int]:
     """The value ids in `Node.outs`, in order."""
     if isinstance(outs, int):
-        yield outs
-    elif outs is not None:
-        for o in outs:
-            yield from flat_ids(o)
+        return (outs,)
+    return () if outs is None else [i for o in outs for i in flat_ids(o)]
 
 
-def refs(args: Any) -> Iterator[Ref]:
+def refs(args: Any) -> list[Ref]:
     """Every `Ref` in (nested) args or kwargs, in order."""
+    found: list[Ref] = []
+    _collect(args, found)
+    return found
+
+
+def _collect(args: Any, found: list[Ref]) -> None:
     if isinstance(args, Ref):
-        yield args
+        found.append(args)
     elif isinstance(args, (tuple, list)):
         for a in args:
-            yield from refs(a)
+            if isinstance(a, Ref):
+                found.append(a)
+            elif isinstance(a, (tuple, list, dict)):
+                _collect(a, found)
     elif isinstance(args, dict):
         for a in args.values():
-            yield from refs(a)
+            _collect(a, found)
 
 
 def map_args(args: Any, fn: Callable[[Any], Any]) -> Any:
     """`args` with `fn` applied to every leaf; tuples, lists and dicts keep their type."""
     if isinstance(args, (tuple, list)):
-        return type(args)(map_args(a, fn) for a in args)
+        return type(args)([map_args(a, fn) for a in args])
     if isinstance(args, dict):
         return {k: map_args(v, fn) for k, v in args.items()}
     return fn(args)

@@ -18,9 +18,9 @@ from moai.lower.values import Values
 _SMALL = 4096
 
 
-def uses(instruction: Instruction) -> Iterable[int]:
+def uses(instruction: Instruction) -> list[int]:
     """The values that an instruction reads, one entry a use."""
-    return (r.id for r in refs((instruction.args, instruction.kwargs)))
+    return [r.id for r in refs((instruction.args, instruction.kwargs))]
 
 
 def without_dead(code: Sequence[Instruction], outputs: Iterable[int]) -> list[Instruction]:
@@ -44,7 +44,7 @@ def without_repetitions(code: Sequence[Instruction], values: Values) -> tuple[li
     kept = []
     for instruction in code:
         args, kwargs = renamed_refs((instruction.args, instruction.kwargs), renamed)
-        if args != instruction.args or kwargs != instruction.kwargs:
+        if args is not instruction.args:
             instruction = replace(instruction, args=args, kwargs=kwargs)
         if _is_cheap(instruction, values):
             # repr tells 1 from 1.0 and True, and 0.0 from -0.0. Parts of different tensors may be alike.
@@ -59,6 +59,7 @@ def without_repetitions(code: Sequence[Instruction], values: Values) -> tuple[li
 
 
 def renamed_refs(args: Any, renamed: dict[int, int]) -> Any:
+    """`args` with other values in place of those renamed; the same object where there are none."""
     if not renamed or all(r.id not in renamed for r in refs(args)):
         return args
     return map_args(args, lambda leaf: Ref(renamed.get(leaf.id, leaf.id)) if isinstance(leaf, Ref) else leaf)

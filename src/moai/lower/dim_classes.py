@@ -23,6 +23,7 @@ from moai.graph.step_graph import Node, TensorType, flat_ids
 aten = torch.ops.aten
 
 Dim = tuple[int, int]  # value, dim
+Runs = int | Fraction
 
 # What `lower` takes apart when it is split, as it is then.
 _TAKEN_APART = {
@@ -76,11 +77,13 @@ def _dims(call: Call, zeros: set[int]) -> Dims | None:
 
 
 class _Walk:
-    """Sets of dims, joined one operator at a time. `_up[d]` is (a dim nearer the root, runs of d for one of its)."""
+    """Sets of dims, joined one operator at a time. `_up[d]` is (a dim nearer the root, runs of d for one of its).
+
+    Nearly always that is one for one, the int 1, with which numbers are multiplied much faster than as a fraction."""
 
     def __init__(self, types: Mapping[int, TensorType]):
         self.typed = types
-        self._up: dict[Dim, tuple[Dim, Fraction]] = {}
+        self._up: dict[Dim, tuple[Dim, Runs]] = {}
         self._bound: set[Dim] = set()
         self._steps: dict[Dim, int] = {}
         self._terms: list[tuple[Dim, int]] = []
@@ -116,36 +119,40 @@ class _Walk:
         self._steps[dim] = min(self._steps.get(dim, length), length // unit // runs)
         first, runs_of_first = members.setdefault(factor_of(entry), (dim, runs))
         if first != dim:
-            self._join(dim, first, Fraction(runs, runs_of_first))
+            self._join(dim, first, _ratio(runs, runs_of_first))
 
-    def _find(self, dim: Dim) -> tuple[Dim, Fraction]:
-        runs = Fraction(1)
+    def _find(self, dim: Dim) -> tuple[Dim, Runs]:
+        """The root of a dim's set, and the runs of the dim for one of the root's. What lies on the way is led there."""
+        way = []
         while dim in self._up:
-            dim, more = self._up[dim]
-            runs *= more
+            way.append(dim)
+            dim, _ = self._up[dim]
+        runs: Runs = 1
+        for passed in reversed(way):
+            runs *= self._up[passed][1]
+            self._up[passed] = (dim, runs)
         return dim, runs
 
-    def _join(self, a: Dim, b: Dim, runs: Fraction) -> None:
+    def _join(self, a: Dim, b: Dim, runs: Runs) -> None:
         """`a` consists of `runs` times as many runs as `b`."""
         root_a, of_a = self._find(a)
         root_b, of_b = self._find(b)
         if root_a != root_b:
-            self._up[root_a] = (root_b, runs * of_b / of_a)
+            self._up[root_a] = (root_b, _ratio(runs * of_b, of_a))
         elif of_a != runs * of_b:
             self._bound.add(root_a)
 
     def classes(self) -> list[DimClass]:
         found: dict[Dim, DimClass] = {}
-        runs: dict[Dim, dict[Dim, Fraction]] = {}
+        runs: dict[Dim, dict[Dim, Runs]] = {}
         for dim in {*self._steps, *self._bound}:
             root, of_dim = self._find(dim)
             runs.setdefault(root, {})[dim] = of_dim
         for root, members in runs.items():
             fewest = min(members.values())
-            dims = {d: int(r / fewest) for d, r in members.items()}
-            bound = any(d in self._bound for d in members) or any(
-                (r / fewest).denominator > 1 for r in members.values()
-            )
+            of_fewest = {d: _ratio(r, fewest) for d, r in members.items()}
+            dims = {d: int(r) for d, r in of_fewest.items()}
+            bound = any(d in self._bound or r.denominator > 1 for d, r in of_fewest.items())
             steps = min((self._steps[d] for d in members if d in self._steps), default=0)
             found[root] = DimClass(dims, steps, bound)
         for dim, nbytes in self._terms:
@@ -153,3 +160,7 @@ class _Walk:
         for dim in self._multiplied:
             found[self._find(dim)[0]].multiplied = True
         return list(found.values())
+
+
+def _ratio(a: Runs, b: Runs) -> Runs:
+    return 1 if a == b else Fraction(a) / b

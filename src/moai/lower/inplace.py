@@ -72,7 +72,7 @@ class _Walk:
         if inherited or overlaps_itself(instruction):
             self._overlapping.update(flat_ids(instruction.outs))
         args, kwargs = renamed_refs((instruction.args, instruction.kwargs), self.renamed)
-        self.out.append(replace(instruction, args=args, kwargs=kwargs))
+        self.out.append(instruction if args is instruction.args else replace(instruction, args=args, kwargs=kwargs))
 
     def _rewrite(self, instruction: Instruction, at: int) -> bool:
         """Append the in-place form of `instruction`, if it has one and may use it."""

@@ -111,7 +111,7 @@ class _Ledger:
             self._regions.follow(instruction)
         self._freed.difference_update(flat_ids(instruction.outs))  # made again in another pass
         if instruction.op == "wait":  # its results are views of the buffer that the handle stood for
-            self._drop(next(uses(instruction)))
+            self._drop(instruction.args[0].id)
         if instruction.op == "accumulate" and instruction.args[1] and instruction.outs not in self._held:
             self._drop(self._regions.find(instruction.args[0].id))
         for out in flat_ids(instruction.outs):
