@@ -9,7 +9,7 @@ variant, and `Output.replaces` says whose storage the result takes over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,8 +138,8 @@ class StepGraph:
         return "\n".join(lines)
 
 
-# The three walks below are most of what lowering does; they build lists since generators in generators take thrice as
-# long.
+# The walks below are most of what lowering does. They build lists, since generators in generators take thrice as long,
+# and compare types, since arguments are nested in nothing but tuples, lists and dicts themselves.
 
 
 def flat_ids(outs: Any) -> Sequence[int]:
@@ -152,28 +152,28 @@ def flat_ids(outs: Any) -> Sequence[int]:
 def refs(args: Any) -> list[Ref]:
     """Every `Ref` in (nested) args or kwargs, in order."""
     found: list[Ref] = []
-    _collect(args, found)
+    _collect((args,), found)
     return found
 
 
-def _collect(args: Any, found: list[Ref]) -> None:
-    if isinstance(args, Ref):
-        found.append(args)
-    elif isinstance(args, (tuple, list)):
-        for a in args:
-            if isinstance(a, Ref):
-                found.append(a)
-            elif isinstance(a, (tuple, list, dict)):
-                _collect(a, found)
-    elif isinstance(args, dict):
-        for a in args.values():
+def _collect(args: Iterable[Any], found: list[Ref]) -> None:
+    for a in args:
+        kind = type(a)
+        if kind is Ref:
+            found.append(a)
+        elif kind is tuple or kind is list:
             _collect(a, found)
+        elif kind is dict:
+            _collect(a.values(), found)
 
 
 def map_args(args: Any, fn: Callable[[Any], Any]) -> Any:
     """`args` with `fn` applied to every leaf; tuples, lists and dicts keep their type."""
-    if isinstance(args, (tuple, list)):
-        return type(args)([map_args(a, fn) for a in args])
-    if isinstance(args, dict):
+    kind = type(args)
+    if kind is tuple:
+        return tuple([map_args(a, fn) for a in args])
+    if kind is list:
+        return [map_args(a, fn) for a in args]
+    if kind is dict:
         return {k: map_args(v, fn) for k, v in args.items()}
     return fn(args)

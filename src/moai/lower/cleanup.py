@@ -20,7 +20,10 @@ _SMALL = 4096
 
 def uses(instruction: Instruction) -> list[int]:
     """The values that an instruction reads, one entry a use."""
-    return [r.id for r in refs((instruction.args, instruction.kwargs))]
+    found = refs(instruction.args)
+    if instruction.kwargs:
+        found += refs(instruction.kwargs)
+    return [r.id for r in found]
 
 
 def without_dead(code: Sequence[Instruction], outputs: Iterable[int]) -> list[Instruction]:
