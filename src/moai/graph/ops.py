@@ -46,7 +46,13 @@ def _flash_cpu_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == k.shape[-1] == v.shape[-1]
 
 
+def _rows_dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The CPU kernels walk along the last dim, whatever its stride is."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
 def _sdpa(q, k, v, mask, is_causal, scale, enable_gqa):
+    q, k, v = _rows_dense(q, k, v)
     if _flash_cpu_takes(q, k, v):
         return aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, is_causal, attn_mask=_as_bias(mask, q), scale=scale
@@ -58,6 +64,7 @@ def _sdpa(q, k, v, mask, is_causal, scale, enable_gqa):
 
 
 def _sdpa_backward(grad, q, k, v, out, lse, mask, is_causal, scale, enable_gqa):
+    grad, q, k, v, out = _rows_dense(grad, q, k, v, out)
     if _flash_cpu_takes(q, k, v) and q.shape[1] == k.shape[1]:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=_as_bias(mask, q), scale=scale

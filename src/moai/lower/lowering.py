@@ -57,7 +57,7 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
     values = Values(types, mesh)
-    split = tensor_parallel(nodes, values, graph.inputs, plan)
+    split = tensor_parallel(nodes, values, graph, plan)
     arriving = arrivals(graph, plan, mesh, given, split.inputs)
     placer = _placer(graph, plan, values, split, arriving)
     for node in split.nodes:

@@ -31,6 +31,14 @@ _SILENT_VIEWS = frozenset(
     }
 )
 
+# Arguments through whose memory kernels walk from end to end, whatever their strides are (PyTorch 2.13, on CPU).
+WALKED: dict[torch._ops.OpOverload, frozenset[str]] = {
+    aten.native_layer_norm_backward.default: frozenset({"mean", "rstd"}),
+    aten.native_group_norm.default: frozenset({"input"}),
+    aten.native_group_norm_backward.default: frozenset({"grad_out", "input", "mean", "rstd"}),
+    aten.nll_loss2d_backward.default: frozenset({"self"}),
+}
+
 
 @cache
 def operator(name: str) -> torch._ops.OpOverload:

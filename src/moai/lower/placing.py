@@ -39,7 +39,7 @@ from moai.lower.decompose import decompose
 from moai.lower.lanes import Lane, lanes_of
 from moai.lower.localise import localised
 from moai.lower.moving import moved, next_placement
-from moai.lower.operators import is_view
+from moai.lower.operators import WALKED, is_view
 from moai.lower.program import Instruction
 from moai.lower.values import Values, per_rank
 from moai.plan.plan import Plan
@@ -403,12 +403,27 @@ class Placer:
             self._values.place(out, placement)
         if node.op in _CASTS and ids[0] in self.stored and node.origin.phase != "optimizer":
             self.stored.update(outs)
-        replaced = iter(ids)
+        replaced = iter(self._walkable(node, ids))
         args, kwargs = map_args(
             (node.args, node.kwargs), lambda leaf: Ref(next(replaced)) if isinstance(leaf, Ref) else leaf
         )
         shapes = tuple(self._values.local_shape(o) for o in outs)
         self._append(Instruction(str(node.op), args, kwargs, node.outs, (), shapes, node.origin.where))
+
+    def _walkable(self, node: Node, ids: Sequence[int]) -> Sequence[int]:
+        """`ids` with those that the kernel takes to lie densely brought to lie so. Where they do, which is
+        seen when the program runs, nothing is done."""
+        walked = WALKED.get(node.op)
+        if walked is None:
+            return ids
+        names = Call(node, self._values.types).input_names
+        return [self._contiguous(i, node.origin) if n in walked else i for i, n in zip(ids, names, strict=True)]
+
+    def _contiguous(self, id_: int, origin: Origin) -> int:
+        out = self._values.new(self._values.type(id_), self._at(id_))
+        shapes = (self._values.local_shape(out),)
+        self.code.append(Instruction(str(aten.contiguous.default), (Ref(id_),), {}, out, (), shapes, origin.where))
+        return out
 
     def _append(self, instruction: Instruction) -> None:
         if is_view(instruction.op):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from moai.graph.placement import Shard, split_evenly
-from moai.graph.step_graph import Input, Node
+from moai.graph.step_graph import Input, Node, StepGraph
 from moai.lower.dim_classes import DimClass, dim_classes
 from moai.lower.heads import own_key_heads
 from moai.lower.part_forms import part_forms
@@ -48,15 +48,15 @@ class TensorParallel:
     gradients: Wishes
 
 
-def tensor_parallel(nodes: list[Node], values: Values, inputs: Sequence[Input], plan: Plan) -> TensorParallel:
-    """Raises PlanError where the devices do not divide the heads of an attention."""
+def tensor_parallel(nodes: list[Node], values: Values, graph: StepGraph, plan: Plan) -> TensorParallel:
+    """`nodes` are those of `graph`. Raises PlanError where the devices do not divide the heads of an attention."""
     if plan.tp == 1:
         return TensorParallel(nodes, {}, {}, {})
     _check_heads(nodes, values, plan)
     nodes = own_key_heads(nodes, values, plan.tp)
     forms = list(part_forms(nodes, values))
     in_parts = {id(f.node): f.nodes for f in forms}
-    states = {i.id: k for k, i in enumerate(inputs) if not i.batch and values.types[i.id].dtype.is_floating_point}
+    states = _states(graph, values)
     all_parts = [part for n in nodes for part in in_parts.get(id(n), (n,))]
     classes = dim_classes(all_parts, values.types)
     chosen = _chosen(classes, states, values, plan.tp)
@@ -66,8 +66,19 @@ def tensor_parallel(nodes: list[Node], values: Values, inputs: Sequence[Input], 
     shards = {i: (s,) for c in chosen for i, s in _shards(c, states, values, plan.tp).items()}
     alike = wishes(nodes, values.types, shards)  # moments lie as their weights do
     by_input = {k: alike[i][0] for i, k in states.items() if i in alike}
-    sums = _along_the_sequence(classes, inputs, values, plan.tp) if chosen else {}
+    sums = _along_the_sequence(classes, graph.inputs, values, plan.tp) if chosen else {}
     return TensorParallel(nodes, by_input, sums, alike)
+
+
+def _states(graph: StepGraph, values: Values) -> dict[int, int]:
+    """Weights and what lies beside them, by id with their index. What dies in the step and is not replaced by it is
+    none of them: it only passes through, like activations where a script reads a value in the middle of a step."""
+    replaced = {o.replaces for o in graph.outputs}
+    return {
+        i.id: k
+        for k, i in enumerate(graph.inputs)
+        if not i.batch and (k in replaced or not i.dies) and values.types[i.id].dtype.is_floating_point
+    }
 
 
 def _along_the_sequence(classes: Sequence[DimClass], inputs: Sequence[Input], values: Values, tp: int) -> Wishes:

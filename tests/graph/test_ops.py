@@ -1,0 +1,30 @@
+"""Our own operators give the same whatever memory their arguments lie in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moai.graph.ops
+
+moai = torch.ops.moai
+
+
+def columns_first(t: torch.Tensor) -> torch.Tensor:
+    """The same content, with the last dim not the densest."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_reads_arguments_whose_rows_lie_apart(kv: int, masked: bool):
+    torch.manual_seed(0)
+    q, grad = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    k, v = torch.randn(2, kv, 6, 8), torch.randn(2, kv, 6, 8)
+    mask = torch.randn(2, 1, 6, 6) if masked else None
+    how = (mask, not masked, None, kv < 4)
+    out, lse = moai.sdpa(q, k, v, *how)
+    apart = [columns_first(t) for t in (q, k, v)]
+    torch.testing.assert_close(moai.sdpa(*apart, *how), (out, lse))
+    expected = moai.sdpa_backward(grad, q, k, v, out, lse, *how)
+    torch.testing.assert_close(moai.sdpa_backward(columns_first(grad), *apart, columns_first(out), lse, *how), expected)
