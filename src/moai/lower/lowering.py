@@ -21,9 +21,10 @@ from moai.lower.cleanup import uses, without_dead, without_repetitions
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
-from moai.lower.memory import Regions, peak_bytes, with_frees
+from moai.lower.memory import Regions, with_frees
 from moai.lower.moving import without_time
 from moai.lower.operators import is_view, overlaps_itself
+from moai.lower.peak import peak_bytes
 from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
@@ -88,11 +89,12 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
         ),
         n_scalars=graph.n_scalars,
         instructions=tuple(code),
-        peak_bytes=peak_bytes(code, inputs, values),
+        peak_bytes=0,
         resident_bytes=sum(map(values.local_bytes, inputs)),
         notes=tuple(placer.notes),
     )
     check(program)
+    program = replace(program, peak_bytes=peak_bytes(program, values.types))
     if os.environ.get(VALIDATE) == "1":
         validate(program, values.types)
     return program

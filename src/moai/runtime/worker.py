@@ -23,6 +23,7 @@ import torch
 from torch.distributed import TCPStore
 
 from moai.lower.program import Program
+from moai.runtime import measure
 from moai.runtime import messages as m
 from moai.runtime.collectives import NAMES, Distributed, Network
 from moai.runtime.compiled import policy
@@ -160,7 +161,7 @@ class Worker:
         ]
         self._executor = executor
         try:
-            outputs = executor.run(inputs, command.scalars)
+            outputs = measure.run(executor, inputs, command.scalars)
         finally:
             self._executor = None
         self._executed += len(executor.program.instructions)

@@ -1,0 +1,255 @@
+"""How much memory a device holds at most while it runs a Program.
+
+In: a Program, complete but for this. Out: bytes: of inputs, results, what kernels work in and what collectives send.
+
+The device is the first one, and the pass of a loop its first: nobody has larger parts (`split_evenly`). The second
+pass, when sums over passes exist already, stands for all later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args, refs
+from moai.lower import on_meta
+from moai.lower.exchanged import Footprint, footprint, received
+from moai.lower.layouts import Laid, Result, dense, results
+from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
+from moai.lower.program import Instruction, PerRank, Program
+from moai.lower.values import local_lengths
+from moai.lower.workspaces import workspace
+
+
+def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
+    """`types`: those of the program's values."""
+    ledger = _Ledger(program, types)
+    begin = None
+    for index, instruction in enumerate(program.instructions):
+        if instruction.op == "repeat":
+            begin = index + 1
+        elif instruction.op == "end_repeat":
+            for step in (0, 1):
+                ledger.step = step
+                for inner in program.instructions[begin:index]:
+                    ledger.add(inner)
+            ledger.free(instruction)
+            begin = None
+        elif begin is None:
+            ledger.add(instruction)
+    ledger.end()
+    return ledger.peak
+
+
+class _Piece:
+    """Memory that is freed at once, when nobody holds it any more."""
+
+    __slots__ = ("holders", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.holders = 0
+
+
+class _Ledger:
+    """Who holds which memory. A list, and a collective under way, hold several pieces."""
+
+    def __init__(self, program: Program, types: Mapping[int, TensorType]) -> None:
+        self.peak = 0
+        self.step = 0
+        self._now = 0
+        self._program = program
+        self._mesh = program.mesh
+        self._types = types
+        self._laid: dict[int, Laid] = {}
+        self._held: dict[int, list[_Piece]] = {}
+        self._footprints: dict[int, Footprint] = {}
+        self._results: dict[int, list[Laid]] = {}
+        for slot in program.inputs:
+            self._fresh(slot.id, dense(_first(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
+
+    # -- pieces
+
+    def _hold(self, id_: int, *pieces: _Piece) -> None:
+        """`id_` holds `pieces`, and what it held before no more."""
+        for piece in pieces:
+            if not piece.holders:
+                self._now += piece.nbytes
+            piece.holders += 1
+        self.peak = max(self.peak, self._now)
+        old, self._held[id_] = self._held.get(id_, []), list(pieces)
+        self._release(old)
+
+    def _release(self, pieces: Sequence[_Piece]) -> None:
+        for piece in pieces:
+            piece.holders -= 1
+            if not piece.holders:
+                self._now -= piece.nbytes
+
+    def _fresh(self, id_: int, laid: Laid) -> None:
+        self._laid[id_] = laid
+        self._hold(id_, _Piece(laid.nbytes))
+
+    def _working(self, nbytes: int) -> None:
+        self.peak = max(self.peak, self._now + nbytes)
+
+    def free(self, instruction: Instruction) -> None:
+        """What the instruction frees."""
+        for id_ in instruction.frees:
+            self._release(self._held.pop(id_, []))
+
+    def end(self) -> None:
+        """Outputs that hold more memory than their own are copied, one after the other."""
+        donated = {s.id for s in self._program.inputs if s.donated}
+        kept = {id(p) for s in self._program.inputs if not s.donated for p in self._held[s.id]}
+        for slot in self._program.outputs:
+            (piece,) = self._held[slot.id]
+            if slot.id not in donated and (piece.nbytes != self._laid[slot.id].nbytes or id(piece) in kept):
+                self._fresh(slot.id, self._laid[slot.id])
+            kept.add(id(piece))
+
+    # -- instructions
+
+    def add(self, instruction: Instruction) -> None:
+        """Everything but the bounds of loops."""
+        op = instruction.op
+        if op in STARTS:
+            self._start(instruction)
+        elif op in COLLECTIVES:
+            self._exchange(instruction)
+        elif op in BUILTINS:
+            getattr(self, f"_{op}")(instruction)
+        else:
+            self._compute(instruction)
+        self.free(instruction)
+
+    def _compute(self, instruction: Instruction) -> None:
+        args, kwargs = self._filled(instruction)
+        given = list(refs((instruction.args, instruction.kwargs)))
+        unused = 0
+        for out, result in self._results_of(instruction, args, kwargs):
+            if out is None:  # made, and dropped at once
+                unused += result.nbytes if result.shares is None else 0
+                continue
+            self._laid[out] = result.laid
+            self._hold(out, _Piece(result.nbytes) if result.shares is None else self._piece(given[result.shares].id))
+        self._working(unused + workspace(instruction.op, args))
+
+    def _results_of(
+        self, instruction: Instruction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[tuple[int | None, Result]]:
+        if instruction.outs is None:
+            return iter(())
+        try:
+            return _pairs(instruction.outs, results(instruction.op, args, kwargs))
+        except Exception:  # PyTorch cannot tell without data: what is claimed has to do
+            claimed = zip(flat_ids(instruction.outs), instruction.shapes, strict=True)
+            laid = ((out, dense(_first(shape), self._types[out].dtype)) for out, shape in claimed)
+            return iter([(out, Result(x, None, x.nbytes)) for out, x in laid])
+
+    def _filled(self, instruction: Instruction) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def leaf(x: Any) -> Any:
+            if isinstance(x, Ref):
+                return self._laid[x.id]
+            if isinstance(x, PerRank):
+                return x.values[0]
+            return on_meta.sample(instruction, x) if isinstance(x, Scalar) else x
+
+        return map_args(instruction.args, leaf), map_args(instruction.kwargs, leaf)
+
+    def _piece(self, id_: int) -> _Piece:
+        (piece,) = self._held[id_]
+        return piece
+
+    # -- collectives
+
+    def _start(self, instruction: Instruction) -> None:
+        xs, axes, *rest = instruction.args
+        handle = instruction.outs
+        if instruction.kwargs.get("in_place"):
+            self._hold(handle)
+            return
+        found, laid = self._footprint(instruction.op.removesuffix("_start"), xs, axes, rest[0] if rest else ())
+        message = _Piece(sum(x.nbytes for x in laid)) if found.early else _Piece(0)
+        self._footprints[handle], self._results[handle] = found, laid
+        self._hold(handle, _Piece(found.held), message)
+
+    def _wait(self, instruction: Instruction) -> None:
+        handle = instruction.args[0].id
+        if handle not in self._footprints:  # of a sum in place
+            return
+        found, laid = self._footprints.pop(handle), self._results.pop(handle)
+        joined = self._held[handle][1] if found.early else _Piece(sum(x.nbytes for x in laid))
+        for out, x in zip(flat_ids(instruction.outs), laid, strict=True):
+            self._laid[out] = x
+            self._hold(out, joined if found.joined else _Piece(x.nbytes))
+        self._working(found.working)
+
+    def _exchange(self, instruction: Instruction) -> None:
+        x, axes, *cut = instruction.args
+        found, (laid,) = self._footprint(instruction.op, (x,), axes, (tuple(cut),))
+        self._fresh(instruction.outs, laid)
+        self._working(found.held + found.working)
+
+    def _footprint(
+        self, op: str, xs: Sequence[Ref], axes: tuple[str, ...], cuts: Sequence[Any]
+    ) -> tuple[Footprint, list[Laid]]:
+        given = [self._laid[x.id] for x in xs]
+        cuts = cuts if op != "all_reduce" else ((),) * len(xs)
+        found = footprint(op, [x.shape for x in given], given[0].dtype, cuts, self._mesh.count(axes), 0)
+        shapes = [tuple(received(op, x.shape, cut, 0)) for x, cut in zip(given, cuts, strict=True)]
+        return found, [dense(shape, given[0].dtype) for shape in shapes]
+
+    def _bucket(self, instruction: Instruction) -> None:
+        shapes, dtype = instruction.args
+        laid = [dense(_first(shape), dtype) for shape in shapes]
+        memory = _Piece(sum(x.nbytes for x in laid))
+        for out, x in zip(instruction.outs, laid, strict=True):
+            self._laid[out] = x
+            self._hold(out, memory)
+
+    # -- what loops hand on
+
+    def _accumulate(self, instruction: Instruction) -> None:
+        x, owned = instruction.args
+        if self.step:
+            return
+        if owned:
+            self._laid[instruction.outs] = self._laid[x.id]
+            self._hold(instruction.outs, self._piece(x.id))
+        else:
+            self._fresh(instruction.outs, dense(self._laid[x.id].shape, self._laid[x.id].dtype))
+
+    def _collect(self, instruction: Instruction) -> None:
+        x, list_ = instruction.args[0].id, instruction.outs
+        if not self.step:
+            self._laid[list_] = self._laid[x]
+            self._hold(list_, self._piece(x))
+            return
+        own = self._piece(x)
+        passes_between = _Piece(own.nbytes * (self._mesh.steps - 2))
+        self._hold(list_, self._held[list_][0], passes_between, own)
+
+    def _take(self, instruction: Instruction) -> None:
+        list_ = instruction.args[0].id
+        *rest, entry = self._held[list_]
+        self._laid[instruction.outs] = self._laid[list_]
+        self._hold(instruction.outs, entry)
+        self._hold(list_, *rest)
+
+    def _join(self, instruction: Instruction) -> None:
+        types, out = self._types, instruction.outs
+        self._fresh(out, dense(_first(instruction.shapes[0]), types[out].dtype))
+
+
+def _first(shape: Sequence[Any]) -> tuple[int, ...]:
+    """The first device's."""
+    return tuple(n.values[0] if isinstance(n, PerRank) else n for n in shape)
+
+
+def _pairs(outs: Any, found: Any) -> Iterator[tuple[int | None, Result]]:
+    if isinstance(found, Result):
+        yield outs, found
+    elif found is not None:
+        for out, each in zip(outs, found, strict=True):
+            yield from _pairs(out, each)

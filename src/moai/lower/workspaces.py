@@ -1,0 +1,69 @@
+"""What kernels work in beside their arguments and results, for those that need much.
+
+In: an operator and its arguments, tensors as `Laid`. Out: bytes that are there only while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moai.lower.layouts import Laid
+
+
+def workspace(op: str, args: tuple[Any, ...]) -> int:
+    """Bytes; 0 for operators that are not known to need any."""
+    found = _WORKSPACES.get(op)
+    return 0 if found is None else found(*args)
+
+
+def _sdpa(q: Laid, k: Laid, v: Laid, mask: Laid | None, *_: Any) -> int:
+    """A mask of another dtype is made a bias."""
+    if mask is None or mask.dtype == q.dtype:
+        return 0
+    bias = math.prod(mask.shape) * q.dtype.itemsize
+    return bias + mask.nbytes if mask.dtype == torch.bool else bias
+
+
+def _sdpa_backward(
+    grad: Laid, q: Laid, k: Laid, v: Laid, out: Laid, lse: Laid, mask: Laid | None = None, *_: Any
+) -> int:
+    """Shared key and value heads are repeated, and so are their gradients."""
+    shared = q.shape[1:2] != k.shape[1:2]
+    repeated = (k.nbytes + v.nbytes) * q.shape[1] // k.shape[1] if shared else 0
+    return _sdpa(q, k, v, mask) + 2 * repeated
+
+
+def _embedding(weight: Laid, indices: Laid, start: int) -> int:
+    """Rows are looked up before those that are not here become zeros."""
+    return math.prod(indices.shape) * math.prod(weight.shape[1:]) * weight.dtype.itemsize
+
+
+def _embedding_backward(grad: Laid, *_: Any) -> int:
+    return grad.nbytes
+
+
+def _product(*tensors: Any) -> int:
+    """In halves, transposed factors are copied."""
+    halves = [x for x in tensors if isinstance(x, Laid) and x.dtype.itemsize == 2 and len(x.shape) > 1]
+    return sum(x.nbytes for x in halves if x.stride[-1] != 1)
+
+
+def _sum(x: Laid, *_: Any) -> int:
+    """Halves are added up in float32, all of them cast at first."""
+    return 2 * x.nbytes if x.dtype.itemsize == 2 and x.dtype.is_floating_point else 0
+
+
+_WORKSPACES: dict[str, Callable[..., int]] = {
+    "moai.sdpa.default": _sdpa,
+    "moai.sdpa_backward.default": _sdpa_backward,
+    "moai.embedding.default": _embedding,
+    "moai.embedding_backward.default": _embedding_backward,
+    "aten.sum.dim_IntList": _sum,
+    "aten.mm.default": _product,
+    "aten.mm.out": _product,
+    "aten.addmm.default": _product,
+}
