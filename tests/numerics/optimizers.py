@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.numerics.models import IGNORED, MODELS
 
-STEPS, BATCH, SEQ, VOCABULARY = 8, 7, 12, 96
+STEPS, BATCH, SEQ, VOCABULARY = 5, 7, 12, 96
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
