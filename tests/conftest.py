@@ -5,10 +5,12 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory):
-    """Tests neither see nor wait for the accelerators of who runs them."""
+    """Tests neither see nor wait for the accelerators of who runs them, and lower their graphs themselves."""
     folder = tmp_path_factory.mktemp("state")
-    before = {name: os.environ.get(name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")}
-    os.environ.update(XDG_STATE_HOME=str(folder / "state"), XDG_CONFIG_HOME=str(folder / "config"))
+    before = {name: os.environ.get(name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "MOAI_PROGRAM_CACHE")}
+    os.environ.update(
+        XDG_STATE_HOME=str(folder / "state"), XDG_CONFIG_HOME=str(folder / "config"), MOAI_PROGRAM_CACHE="0"
+    )
     yield
     for name, value in before.items():
         if value is None:

@@ -25,7 +25,7 @@ from moai.device import backend, options
 from moai.device.storage import maker
 from moai.graph.placement import Mesh, Placement
 from moai.graph.step_graph import StepGraph
-from moai.lower import lower
+from moai.lower import lower_cached
 from moai.lower.program import Program, Slot
 from moai.plan import parse
 from moai.plan.choose import ChosenPlan, choose
@@ -239,7 +239,7 @@ class Session:
             self._options = options.current()
             logger.warning("The options of torch.moreh.option come after the first step: they do not change its plan.")
         try:
-            return lower(graph, self._chosen.plan, given)
+            return lower_cached(graph, self._chosen.plan, given)
         except PlanError as error:
             raise PlanError(f"{self._chosen.origin}: {error.reason}", error.nearest) from None
 
@@ -262,7 +262,7 @@ class Session:
             if time.monotonic() > deadline:
                 break
             try:
-                program = lower(graph, plan, [None] * len(graph.inputs))
+                program = lower_cached(graph, plan, [None] * len(graph.inputs))
             except (PlanError, RuntimeError):  # this graph cannot be run so
                 continue
             if program.peak_bytes <= available:

@@ -31,6 +31,7 @@ from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
 from moai.lower.regions import gathered
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
+from moai.lower.unhindered import without_collections
 from moai.lower.validate import validate
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
@@ -43,6 +44,12 @@ VALIDATE = "MOAI_VALIDATE"
 _names = (f"step{i}" for i in itertools.count())
 
 
+def new_name() -> str:
+    """A name that no other program of this process has."""
+    return next(_names)
+
+
+@without_collections()
 def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Program:
     """The program that runs `graph` on `plan.n_devices` devices.
 
@@ -80,7 +87,7 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
 
     inputs = [i.id for i in graph.inputs]
     program = Program(
-        name=next(_names),
+        name=new_name(),
         mesh=mesh,
         inputs=tuple(Slot(i, values.types[i], values.placement(i), k in donated) for k, i in enumerate(inputs)),
         outputs=tuple(
