@@ -16,7 +16,7 @@ from moai.lower import Program, lower
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
 from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
-from tests.lower.captured_steps import Step, capturing, language_model, sizes
+from tests.lower.captured_steps import Step, capturing, language_model, sizes, train
 from tests.lower.lockstep import run
 from tests.lower.sections import messages
 from tests.lower.step_tracing import phase, trace
@@ -278,6 +278,24 @@ def test_a_model_with_fewer_key_heads_than_devices(steps, key_heads: int):
     program = captured(steps(llama(1, num_key_value_heads=key_heads)), Plan(tp=4))
     keys = [s for s in program.inputs if s.type.shape == (8 * key_heads, 32) and s.type.dtype.is_floating_point]
     assert len(keys) == 2 and all(s.placement == REPLICATE for s in keys)
+
+
+def test_gradients_of_repeated_key_heads_are_summed_in_fp32_where_attention_is_in_bf16(steps, monkeypatch):
+    def script(device: str) -> None:  # with a mask of the script's own, transformers repeats the key heads itself
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**sizes(1), attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
+        tokens, mask = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
+        mask[0, :3] = 0
+        tokens, mask = tokens.to(device), mask.to(device)
+        train(model, lambda: model(tokens, attention_mask=mask, labels=tokens, use_cache=False).loss)
+
+    monkeypatch.setenv("MOAI_VALIDATE", "1")  # values have the types that they are said to have
+    graph = steps(script).graph
+    program = lower(graph, Plan(tp=4, precision="bf16"), [None] * len(graph.inputs))
+    makers = {i.outs: i for i in program.instructions}
+    sums = [i for i in program.instructions if i.op == "moai.sum_heads.default"]
+    assert sums and all(makers[i.args[0].id].kwargs == {"dtype": torch.float32} for i in sums)
 
 
 def test_heads_that_the_devices_do_not_divide_are_refused_with_the_nearest_plan(steps):

@@ -79,9 +79,11 @@ def _sum_of_repetitions(build: Builder, makers: dict[int, Node], tp: int) -> Non
     source, wide = build.type(spread.args[0]).shape, call.inputs[0].shape
     if len(wide) != 5 or len(source) != 4 or wide[1] >= tp or not _repeats(wide, source):
         return
-    shape = call.outputs[0].shape
-    summed = build(moai.sum_heads.default, spread.args[0], wide[1], wide[2], 0)
-    build(aten.reshape.default, summed, shape, out=call.node.outs)
+    terms, out = spread.args[0], call.outputs[0]
+    if build.type(terms).dtype != out.dtype:  # bf16 is added up in fp32
+        terms = build(aten._to_copy.default, terms, dtype=out.dtype)
+    summed = build(moai.sum_heads.default, terms, wide[1], wide[2], 0)
+    build(aten.reshape.default, summed, out.shape, out=call.node.outs)
 
 
 def _repeats(wide: Sequence[Any], narrow: Sequence[Any]) -> bool:
