@@ -1,0 +1,215 @@
+"""The predicted peak is what workers count; what a loop hands on, exchanges hold and kernels work in is part of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from moai.graph.placement import TIME
+from moai.graph.step_graph import Ref, StepGraph, TensorType
+from moai.lower import Program, lower
+from moai.lower.coordinates import per_ranks
+from moai.lower.layouts import dense, results
+from moai.lower.peak import peak_bytes
+from moai.lower.program import PerRank
+from moai.lower.workspaces import workspace
+from moai.plan.parse import parse
+from moai.runtime.accelerator import Accelerator
+from moai.runtime.measure import VARIABLE
+from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
+from tests.lower.captured_steps import capturing
+from tests.runtime.programs import TERMS, cpus, f32, mesh, op, program, slot, split
+
+OVER, UNDER = 0.05, 0.03
+KB = 1024
+
+# ---------------------------------------------------------------------- a real step on two workers
+
+PLANS = [
+    "dp=2",
+    "tp=2",
+    "dp=2,micro=4",
+    "tp=2,micro=2,recompute=full",
+    "dp=2,recompute=default",
+    "dp=2,distribute_param=true",
+    "dp=2,distribute_param=true,distribute_low_prec_param=true,recompute=full",
+    "dp=2,precision=bf16",
+    "tp=2,micro=2,precision=bf16",
+]
+_graphs: list[tuple[StepGraph, list[float | int]]] = []
+
+
+def a_step(device: str) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        max_position_embeddings=64,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    tokens = torch.zeros(32, 64, dtype=torch.int64).to(device)
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    loss.item()
+
+
+@pytest.fixture
+def step(capture, monkeypatch) -> tuple[StepGraph, list[float | int]]:  # noqa: F811
+    if not _graphs:
+        found = capturing(capture, monkeypatch)(a_step)
+        _graphs.append((found.graph, found.scalars))
+    return _graphs[0]
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Accelerator, Path]]:
+    """Two workers that count, and the folder of their counts."""
+    folder = tmp_path_factory.mktemp("counts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(folder / "memory"))
+        patch.setenv("MOAI_COMPILE", "never")
+        accelerator = Accelerator(cpus(2))
+    yield accelerator, folder
+    accelerator.close()
+
+
+@pytest.mark.parametrize("text", PLANS)
+def test_the_predicted_peak_is_the_counted_one(step, counting, text: str) -> None:
+    graph, scalars = step
+    accelerator, folder = counting
+    program = lower(graph, parse(text, 2), [None] * len(graph.inputs))
+    inputs = [
+        accelerator.upload(torch.zeros(s.type.shape, dtype=s.type.dtype), s.placement, program.mesh)
+        for s in program.inputs
+    ]
+    accelerator.run(program, inputs, scalars)
+    accelerator.synchronize()
+    lines = [json.loads(line) for file in folder.iterdir() for line in file.open()]
+    counted = [line["counted"] for line in lines if line["program"] == program.name]
+    assert len(counted) == 2 and max(counted) > 8 << 20
+    assert 1 - UNDER < program.peak_bytes / max(counted) < 1 + OVER
+
+
+@pytest.mark.parametrize("text", ["dp=3,tp=2,micro=5", "dp=5,tp=4", "dp=6,shard=3,distribute_param=true,micro=2"])
+def test_nobody_has_longer_parts_than_the_first_device_in_its_first_pass(step, text: str) -> None:
+    graph, _ = step
+    devices = math.prod(int(item[3:]) for item in text.split(",") if item[:3] in ("dp=", "tp="))
+    program = lower(graph, parse(text, devices), [None] * len(graph.inputs))
+    lengths = [n for i in program.instructions for n in per_ranks(i.shapes)]
+    assert lengths
+    assert all(n.values[0] == max(n.values) for n in lengths)
+
+
+# ---------------------------------------------------------------------- what is part of a peak
+
+
+def peak(found: Program, **types: TensorType) -> int:
+    return peak_bytes(found, {int(name[1:]): type_ for name, type_ in types.items()})
+
+
+BIG = f32(256)  # 1 KiB
+
+
+def test_an_input_that_is_not_donated_stays() -> None:
+    steps = [op("aten.neg.default", Ref(k), outs=k + 1, frees=(k,) * (k > 0), shapes=((256,),)) for k in range(3)]
+    kept = program(1, [slot(0, BIG)], [slot(3, BIG)], *steps)
+    assert peak(kept) == 3 * KB
+
+
+def test_a_donated_input_is_gone_after_its_last_use() -> None:
+    steps = [op("aten.neg.default", Ref(k), outs=k + 1, frees=(k,), shapes=((256,),)) for k in range(3)]
+    donated = program(1, [slot(0, BIG, donated=True)], [slot(3, BIG)], *steps)
+    assert peak(donated) == 2 * KB
+
+
+def test_a_reshape_takes_memory_only_where_entries_lie_apart() -> None:
+    def of(*dims: int) -> int:
+        permuted = op("aten.permute.default", Ref(0), dims, outs=1, shapes=((16, 16),))
+        flat = op("aten.reshape.default", Ref(1), (256,), outs=2, shapes=((256,),))
+        return peak(program(1, [slot(0, f32(16, 16))], [], permuted, flat))
+
+    assert of(0, 1) == KB
+    assert of(1, 0) == 2 * KB
+
+
+def test_a_bucket_is_one_memory_and_a_sum_in_place_takes_no_other() -> None:
+    memory = op("bucket", ((256,), (256,)), torch.float32, outs=(1, 2), shapes=((256,), (256,)))
+    start = op("all_reduce_start", (Ref(1), Ref(2)), ("dp",), outs=3, in_place=True)
+    wait = op("wait", Ref(3), outs=(), frees=(3,))
+    assert peak(program(2, [], [slot(1, BIG), slot(2, BIG)], memory, start, wait)) == 4 * KB  # outputs are copied apart
+    assert peak(program(2, [], [], memory, start, wait)) == 2 * KB
+
+
+def test_parts_that_are_gathered_lie_in_a_message_first() -> None:
+    gather = op("all_gather", Ref(0), ("dp",), 1, (8, 8), 1, outs=1, shapes=((16, 16),))
+    assert peak(program(2, [slot(0, f32(16, 16), split(1, (8, 8)))], [], gather)) == (512 + KB) + KB
+    rows = op("all_gather", Ref(0), ("dp",), 0, (8, 8), 1, outs=1, shapes=((16, 16),))
+    assert peak(program(2, [slot(0, f32(16, 16), split(0, (8, 8)))], [], rows)) == 512 + KB
+
+
+def test_terms_that_are_scattered_are_sent_and_received() -> None:
+    scatter = op("reduce_scatter", Ref(0), ("dp",), 0, (8, 8), 1, outs=1, shapes=((8, 16),))
+    assert peak(program(2, [slot(0, f32(16, 16), TERMS)], [], scatter)) == KB + 2 * KB + 512
+
+
+def in_passes(steps: int, *body) -> Program:
+    part = op(
+        "aten.slice.Tensor",
+        Ref(0),
+        0,
+        PerRank((TIME,), tuple(256 * k for k in range(steps))),
+        PerRank((TIME,), tuple(256 * (k + 1) for k in range(steps))),
+        outs=1,
+        shapes=((256,),),
+    )
+    neg = op("aten.neg.default", Ref(1), outs=2, frees=(1,), shapes=((256,),))
+    whole = slot(0, f32(256 * steps))
+    return program(mesh(dp=1, micro=steps), [whole], [], op("repeat"), part, neg, *body, op("end_repeat"))
+
+
+def test_a_sum_over_passes_takes_one_of_them() -> None:
+    added = op("accumulate", Ref(2), True, outs=3, frees=(2,), shapes=((256,),))
+    assert peak(in_passes(5, added)) == 5 * KB + 2 * KB  # the input, the sum, and what is added to it
+
+
+def test_a_list_holds_all_passes() -> None:
+    assert peak(in_passes(5, op("collect", Ref(2), outs=3, frees=(2,)))) == 5 * KB + 5 * KB
+
+
+def test_attention_with_shared_heads_repeats_them_in_its_backward() -> None:
+    q, k = dense((2, 4, 8, 16), torch.float32), dense((2, 2, 8, 16), torch.float32)
+    own = (q, q, q, q, q, dense((2, 4, 8), torch.float32), None, True, None, False)
+    shared = (q, q, k, k, q, dense((2, 4, 8), torch.float32), None, True, None, True)
+    assert workspace("moai.sdpa_backward.default", own) == 0
+    assert workspace("moai.sdpa_backward.default", shared) == 4 * q.nbytes
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def test_views_share_the_memory_of_their_argument() -> None:
+    x = dense((4, 6), torch.float32)
+    permuted = results("aten.permute.default", (x, (1, 0)), {})
+    assert (permuted.shares, permuted.laid.stride) == (0, (1, 6))
+    assert results("aten.reshape.default", (permuted.laid, (24,)), {}).shares is None
+
+
+def test_equal_numbers_of_different_kinds_are_told_apart() -> None:
+    x = dense((4,), torch.int64)
+    dtypes = [results("aten.mul.Scalar", (x, n), {}).laid.dtype for n in (1, 1.0, True)]
+    assert dtypes == [torch.int64, torch.float32, torch.int64]
