@@ -1,0 +1,157 @@
+"""How long a captured step takes to become a program: `python -m benchmarks.lowering`.
+
+A narrow Qwen2's first training step is captured through the real device, at several depths, and not run: it is lowered
+under each plan. Every depth has a process of its own. Figures, by plan and depth ("80" layers), are CPU seconds, the
+least of `REPEATS` times, since other programs only ever add to them:
+
+- `per_1000_nodes`: lowering, per 1,000 nodes of the captured graph; `lower_s`: of the whole graph.
+- `cached_s`: getting the same program from the cache on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import results
+from benchmarks.child import Child
+from benchmarks.training import Corpus, Sizes
+
+REPEATS = 3
+RUN_SECONDS = 600.0
+DEVICES = 8
+PLANS = (
+    *("dp=8", "dp=4,tp=2", "dp=8,micro=4", "dp=8,recompute=full", "dp=8,precision=bf16"),
+    "dp=8,distribute_param=true,distribute_low_prec_param=true",
+    "dp=4,tp=2,micro=4,recompute=full,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
+)
+
+
+def sizes(layers: int) -> Sizes:
+    """A Qwen2 of which only the number of operators matters."""
+    return Sizes(layers=layers, hidden=32, intermediate=64, heads=4, kv_heads=2, vocab=128, seq=16, batch=64)
+
+
+class _Captured(Exception):
+    """The step is known, and need not run."""
+
+
+def measure(connection: Connection, layers: int, plans: Sequence[str]) -> None:
+    """The child's side: the nodes of the graph, and then the figures of each plan."""
+    torch.set_num_threads(1)
+    model: nn.Module = sizes(layers).model()
+    model.cuda()
+
+    from moai import session  # only now, as in any script: the first use of "cuda" has made the session
+    from moai.lower import lower, lower_cached
+    from moai.plan.parse import parse
+
+    graphs = []
+
+    def keep(segment: Any) -> Any:
+        graphs.append(segment.graph)
+        raise _Captured
+
+    recorder = session.current().recorder
+    recorder.execute = keep
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens, labels = (x.cuda() for x in Corpus(sizes(layers)).batch(0))
+    loss = model(input_ids=tokens, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    with contextlib.suppress(_Captured):
+        loss.item()
+    (graph,) = graphs
+    connection.send(len(graph.nodes))
+    given = [None] * len(graph.inputs)
+    for text in plans:
+        plan = parse(text, DEVICES)
+        lower_s = _least(lambda: lower(graph, plan, given))  # noqa: B023 (called at once)
+        lower_cached(graph, plan, given)
+        cached_s = _least(lambda: lower_cached(graph, plan, given))  # noqa: B023
+        connection.send((lower_s, cached_s))
+
+
+def _least(work: Callable[[], object]) -> float:
+    found = []
+    for _ in range(REPEATS):
+        begin = time.process_time()
+        work()
+        found.append(time.process_time() - begin)
+    return min(found)
+
+
+def run(layers: int, plans: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The figures of one depth, by plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "XDG_STATE_HOME": folder, "XDG_CACHE_HOME": folder, "MOAI_DEVICES": "1"}
+        for name in ("MOAI_FLAVOR", "MOAI_PLAN", "MOAI_PROGRAM_CACHE", "MOAI_VALIDATE"):
+            environment.pop(name, None)
+        settings = {"layers": layers, "plans": plans}
+        child = Child("lowering", "benchmarks.lowering:measure", settings, environment)
+        try:
+            nodes = child.receive(RUN_SECONDS)
+            found = {}
+            for plan in plans:
+                print(f"{layers} layers, {plan}", file=sys.stderr, flush=True)
+                lower_s, cached_s = child.receive(RUN_SECONDS)
+                found[plan] = {"lower_s": lower_s, "cached_s": cached_s, "per_1000_nodes": lower_s / nodes * 1000}
+            return found
+        finally:
+            child.close()
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+    by_depth = figures["by_depth"]
+    depths = list(by_depth)
+    first, last = depths[0], depths[-1]
+    head = ["plan", *(f"{d} layers, s / 1,000 nodes" for d in depths), *(f"{d} layers, s (cached)" for d in depths)]
+    rows = []
+    for plan in by_depth[first]:
+        each = [by_depth[d][plan] for d in depths]
+        per_node = [f"{e['per_1000_nodes']:.3f}" for e in each]
+        whole = [f"{e['lower_s']:.3f} ({e['cached_s']:.3f})" for e in each]
+        rows.append([plan, *per_node, *whole, f"{each[-1]['lower_s'] / each[0]['lower_s']:.1f}"])
+    text = results.markdown([*head, f"{last} layers / {first}"], rows)
+    return f"{text}\n\nOther programs took {figures['others_cpu']:.0%} of the machine's time."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lowering", description="How long a captured step takes to become a program."
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--record", action="store_true", help="append them to benchmarks/RESULTS.md")
+    parser.add_argument("--layers", default="4,80", help="depths, with commas between")
+    parser.add_argument("--plan", action="append", help=f"a plan for {DEVICES} devices, as in MOAI_PLAN; several times")
+    options = parser.parse_args(arguments)
+    try:
+        depths = [int(depth) for depth in options.layers.split(",")]
+    except ValueError:
+        parser.error("--layers: expected numbers, with commas between")
+    machine = results.provenance()
+    neighbours = results.Neighbours()
+    by_depth = {str(depth): run(depth, options.plan or PLANS) for depth in depths}
+    figures = {"by_depth": by_depth, "others_cpu": neighbours.share(), "run": machine}
+    print(table(figures))
+    if options.json:
+        results.write_json(options.json, figures)
+    if options.record:
+        results.record("Lowering", table(figures), machine)
+
+
+if __name__ == "__main__":
+    main()
