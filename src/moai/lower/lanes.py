@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
 
 from moai.graph.rules.dims import Dims
 from moai.graph.rules.pointwise import broadcast
@@ -31,10 +34,13 @@ class Lane:
         return Dims(tuple(broadcast(t, main) for t in inputs), tuple(broadcast(t, main) for t in outputs))
 
 
+@cache
+def _takes_lists(op: torch._ops.OpOverload) -> bool:
+    return op.name().startswith(_LISTED)
+
+
 def lanes_of(node: Node) -> list[Lane] | None:
-    if not node.op.name().startswith(
-        ("aten::_foreach_", "aten::_fused_adam", "aten::_fused_sgd", "aten::_fused_adagrad")
-    ):
+    if not _takes_lists(node.op):
         return None
     results = _result_lists(node.outs)
     n = max((len(r) for r in results), default=0)

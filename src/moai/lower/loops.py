@@ -122,7 +122,9 @@ class _Timetable:
 
     def _with_imports(self, instruction: Instruction, place: int, parts: dict[int, list[Instruction]]) -> Instruction:
         """`instruction` in the loop at `place`, with what earlier loops made handed on to it."""
-        renamed = {i: self._imported(i, place, parts) for i in uses(instruction)}
+        renamed = {i: new for i in uses(instruction) if (new := self._imported(i, place, parts)) != i}
+        if not renamed:
+            return instruction
         args, kwargs = renamed_refs((instruction.args, instruction.kwargs), renamed)
         return replace(instruction, args=args, kwargs=kwargs)
 

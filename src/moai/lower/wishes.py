@@ -33,11 +33,12 @@ def wishes(nodes: Sequence[Node], types: Mapping[int, TensorType], states: Mappi
 
 def _alike(node: Node, types: Mapping[int, TensorType]) -> Iterator[list[int]]:
     """Inputs and results of a node that have one shape, and go together."""
-    inputs, outputs = [r.id for r in refs((node.args, node.kwargs))], list(flat_ids(node.outs))
     lanes = lanes_of(node)
+    if lanes is None and rule_of(node.op) is not pointwise:
+        return
+    inputs, outputs = [r.id for r in refs((node.args, node.kwargs))], flat_ids(node.outs)
     if lanes is None:
-        if rule_of(node.op) is pointwise:
-            yield _of_largest_shape([*inputs, *outputs], types)
+        yield _of_largest_shape([*inputs, *outputs], types)
         return
     for lane in lanes:
         yield _of_largest_shape([*(inputs[p] for p in lane.inputs), *(outputs[p] for p in lane.outputs)], types)
