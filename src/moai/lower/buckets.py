@@ -164,7 +164,7 @@ def _written_in_place(
             made[at] = Instruction(_COPY, (target, source.args[0]), {}, None, (), (), source.where)
         else:
             made.append(Instruction(_COPY, (target, Ref(term)), {}, None, (), (), source.where))
-    handle = values.new_bucket(0)
+    handle = values.new()
     terms = tuple(map(Ref, sums))
     start = Instruction("all_reduce_start", (terms, members[0].args[1]), {"in_place": True}, handle, (), (), where)
     return start, Instruction("wait", (Ref(handle),), {}, (), (), (), where)
@@ -211,7 +211,7 @@ def _emitted(bucket: _Bucket, values: Values) -> tuple[Instruction | None, Instr
     first, where = members[0], members[-1].where
     if len(members) == 1 and values.types[first.outs].numel <= _SMALL:
         return None, first
-    handle = values.new_bucket(sum(values.local_bytes(m.outs) for m in members))
+    handle = values.new()
     terms = tuple(Ref(m.args[0].id) for m in members)
     cuts = () if first.op == "all_reduce" else (tuple(m.args[2:] for m in members),)
     shapes = tuple(s for m in members for s in m.shapes)

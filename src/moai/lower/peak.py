@@ -2,8 +2,8 @@
 
 In: a Program, complete but for this. Out: bytes: of inputs, results, what kernels work in and what collectives send.
 
-The device is the first one, and the pass of a loop its first: nobody has larger parts (`split_evenly`). The second
-pass, when sums over passes exist already, stands for all later ones.
+The device is the first one: nobody has larger parts (`split_evenly`). Of a loop it does two passes. The second, when
+sums over passes exist already, stands for all later ones, whose parts are no larger.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
                 ledger.step = step
                 for inner in program.instructions[begin:index]:
                     ledger.add(inner)
+            ledger.step = 0
             ledger.free(instruction)
             begin = None
         elif begin is None:
@@ -66,7 +67,7 @@ class _Ledger:
         self._footprints: dict[int, Footprint] = {}
         self._results: dict[int, list[Laid]] = {}
         for slot in program.inputs:
-            self._fresh(slot.id, dense(_first(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
+            self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
     # -- pieces
 
@@ -144,7 +145,7 @@ class _Ledger:
             return _pairs(instruction.outs, results(instruction.op, args, kwargs))
         except Exception:  # PyTorch cannot tell without data: what is claimed has to do
             claimed = zip(flat_ids(instruction.outs), instruction.shapes, strict=True)
-            laid = ((out, dense(_first(shape), self._types[out].dtype)) for out, shape in claimed)
+            laid = ((out, dense(self._lengths(shape), self._types[out].dtype)) for out, shape in claimed)
             return iter([(out, Result(x, None, x.nbytes)) for out, x in laid])
 
     def _filled(self, instruction: Instruction) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,10 +153,16 @@ class _Ledger:
             if isinstance(x, Ref):
                 return self._laid[x.id]
             if isinstance(x, PerRank):
-                return x.values[0]
+                return self._here(x)
             return on_meta.sample(instruction, x) if isinstance(x, Scalar) else x
 
         return map_args(instruction.args, leaf), map_args(instruction.kwargs, leaf)
+
+    def _here(self, number: PerRank) -> int:
+        return number.values[self._mesh.index(number.axes, self._mesh.coordinates(0, self.step))]
+
+    def _lengths(self, shape: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(self._here(n) if isinstance(n, PerRank) else n for n in shape)
 
     def _piece(self, id_: int) -> _Piece:
         (piece,) = self._held[id_]
@@ -202,7 +209,7 @@ class _Ledger:
 
     def _bucket(self, instruction: Instruction) -> None:
         shapes, dtype = instruction.args
-        laid = [dense(_first(shape), dtype) for shape in shapes]
+        laid = [dense(self._lengths(shape), dtype) for shape in shapes]
         memory = _Piece(sum(x.nbytes for x in laid))
         for out, x in zip(instruction.outs, laid, strict=True):
             self._laid[out] = x
@@ -239,12 +246,7 @@ class _Ledger:
 
     def _join(self, instruction: Instruction) -> None:
         types, out = self._types, instruction.outs
-        self._fresh(out, dense(_first(instruction.shapes[0]), types[out].dtype))
-
-
-def _first(shape: Sequence[Any]) -> tuple[int, ...]:
-    """The first device's."""
-    return tuple(n.values[0] if isinstance(n, PerRank) else n for n in shape)
+        self._fresh(out, dense(self._lengths(instruction.shapes[0]), types[out].dtype))
 
 
 def _pairs(outs: Any, found: Any) -> Iterator[tuple[int | None, Result]]:

@@ -20,7 +20,6 @@ class Values:
         self.types = dict(enumerate(types))
         self._placements: dict[int, Placement] = {}
         self._zeros: set[int] = set()
-        self._buckets: dict[int, int] = {}
         self._next = len(types)
 
     def new(self, type_: TensorType | None = None, placement: Placement | None = None) -> int:
@@ -48,15 +47,6 @@ class Values:
     def is_zero(self, id_: int) -> bool:
         """Whether the value is known to hold nothing but zeros."""
         return id_ in self._zeros
-
-    def new_bucket(self, nbytes: int) -> int:
-        """A fresh id for the handle of a collective whose results take `nbytes`."""
-        id_ = self.new()
-        self._buckets[id_] = nbytes
-        return id_
-
-    def bucket_bytes(self, handle: int) -> int:
-        return self._buckets[handle]
 
     def varies(self, id_: int) -> bool:
         """Whether the value is another one in each pass of the loop over micro-batches."""

@@ -57,6 +57,18 @@ def _sum(x: Laid, *_: Any) -> int:
     return 2 * x.nbytes if x.dtype.itemsize == 2 and x.dtype.is_floating_point else 0
 
 
+def _dropout_backward(grad: Laid, *_: Any) -> int:
+    return grad.nbytes
+
+
+def _mixed(a: Any, b: Any, *_: Any) -> int:
+    """On a CPU, what is not in the dtype of the calculation is cast first."""
+    if not isinstance(b, Laid) or a.dtype == b.dtype:
+        return 0
+    common = torch.promote_types(a.dtype, b.dtype)
+    return sum(math.prod(x.shape) * common.itemsize for x in (a, b) if x.dtype != common)
+
+
 _WORKSPACES: dict[str, Callable[..., int]] = {
     "moai.sdpa.default": _sdpa,
     "moai.sdpa_backward.default": _sdpa_backward,
@@ -66,4 +78,6 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
     "aten.mm.default": _product,
     "aten.mm.out": _product,
     "aten.addmm.default": _product,
+    "aten.native_dropout_backward.default": _dropout_backward,
+    **{f"aten.{name}.Tensor": _mixed for op in ("add", "sub", "mul", "div") for name in (op, f"{op}_")},
 }
