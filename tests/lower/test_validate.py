@@ -156,6 +156,12 @@ def test_tensors_that_an_operator_does_not_take() -> None:
     refused(program(1, [slot(0, f32(2, 3))], [slot(1, f32(2, 3))], wrong), r"fails on \(float32\[2,3\]")
 
 
+def test_grouped_products_in_fp32_are_valid() -> None:
+    product = op("aten._grouped_mm.default", Ref(0), Ref(1), Ref(2), outs=3, shapes=((6, 8),))
+    inputs = [slot(0, f32(6, 4)), slot(1, f32(2, 4, 8)), slot(2, TensorType((2,), torch.int32))]
+    validate(program(1, inputs, [slot(3, f32(6, 8))], product))
+
+
 def test_a_use_after_the_end() -> None:
     gone = op(NEG, Ref(0), outs=1, shapes=((4,),), frees=(0,))
     again = op(NEG, Ref(0), outs=2, shapes=((4,),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from moai.capture.geometry import numel, span
 from moai.capture.operators import Operator, functional_twin
+from moai.graph.meta_kernels import meta_kernel
 
 _META = torch.device("meta")
 _results: dict[Any, Any] = {}
@@ -43,7 +43,7 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if operator.takes_device:
         meta_kwargs["device"] = _META
     try:
-        result = _OWN.get(op, op)(*[_to_meta(a) for a in args], **meta_kwargs)
+        result = meta_kernel(op)(*[_to_meta(a) for a in args], **meta_kwargs)
     except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError):
         return UNKNOWN
     if op._schema.returns and not isinstance(result, (torch.Tensor, list, tuple)):
@@ -52,24 +52,6 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         result = tuple(r if wanted else None for r, wanted in zip(result, args[operator.output_mask], strict=True))
     _results[key] = result
     return result
-
-
-def _grouped_mm(
-    a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """torch's own takes nothing but bf16, which is less than its kernels do."""
-    if a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(a.dtype)
-    if a.dim() == b.dim() == 2:  # the groups are parts of the dim that is summed over
-        size = [offs.shape[0], a.shape[0], b.shape[1]]
-    elif b.dim() == 2:
-        size = [a.shape[1], b.shape[1]]
-    else:
-        size = [*a.shape[:-1], b.shape[-1]]
-    return torch.empty(size, dtype=out_dtype or a.dtype, device=_META)
-
-
-_OWN: dict[Any, Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
 
 
 @cache

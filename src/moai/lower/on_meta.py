@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moai.graph.meta_kernels import meta_kernel
 from moai.graph.step_graph import Scalar, refs
 from moai.lower.operators import operator
 from moai.lower.program import Instruction
@@ -38,7 +39,7 @@ def run(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             args = (*args[:at], _META, *args[at + 1 :])
         else:
             kwargs = {**kwargs, "device": _META}
-    return operator(op)(*args, **kwargs)
+    return meta_kernel(operator(op))(*args, **kwargs)
 
 
 def sample(instruction: Instruction, scalar: Scalar) -> float | int:
