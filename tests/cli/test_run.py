@@ -262,18 +262,19 @@ def test_a_plan_that_cannot_be_is_refused_at_the_first_use_of_the_device(train):
 
 LARGE = """
 import torch
-model = torch.nn.Linear(4096, 4096, bias=False).cuda()  # 64 MiB, of gradients and AdamW's states as much each
+layers = [torch.nn.Linear(1448, 1448, bias=False) for _ in range(8)]
+model = torch.nn.Sequential(*layers).cuda()  # 64 MiB, of gradients and AdamW's states as much each
 optimizer = torch.optim.AdamW(model.parameters())
 for _ in range(2):
-    model(torch.ones(4, 4096).cuda()).sum().backward()
+    model(torch.ones(4, 1448).cuda()).sum().backward()
     optimizer.step(); optimizer.zero_grad()
-print(model.weight.sum().item())
+print(model[0].weight.sum().item())
 """
 
 
 def test_a_step_that_does_not_fit_is_told_a_plan_with_which_it_does(folder):
     (folder / "large.py").write_text(LARGE)
-    (folder / "flavors.toml").write_text('[[flavor]]\nname = "Tiny"\ndevices = 2\nmemory_mib = 256\n')
+    (folder / "flavors.toml").write_text('[[flavor]]\nname = "Tiny"\ndevices = 2\nmemory_mib = 250\n')
     environ = {"MOAI_DEVICES": "", "MOAI_FLAVOR": "Tiny", "MOAI_CONFIG": str(folder / "flavors.toml")}
     failed = run("large.py", **environ)
     assert failed.returncode == 1

@@ -109,8 +109,7 @@ def attention(call: Call) -> Dims:
     query, key = call.type_of(call["q"]).shape, call.type_of(call["k"]).shape
     rank = len(query)
     if rank < 4:
-        lead = (0,) if rank == 3 else ()
-        return _attention(call, lead, None, None)
+        return _attention(call, tuple(range(rank - 2)), None, None)
     lead = tuple(range(rank - 3))
     heads, kv_heads = query[-3], key[-3]
     if heads == kv_heads:
