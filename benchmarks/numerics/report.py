@@ -28,7 +28,7 @@ that the plan's parts do not divide; gradients are clipped by their norm. A cell
 gradients' norms, and of all parameters at the end: the relative difference from the same script under plain PyTorch on
 the CPU. In bf16 it is the distance from plain PyTorch under autocast, and its unit is how far that is from fp32, since
 two runs that round differently agree no better. Random numbers are the accelerator's own, so a model that draws some
-({", ".join(n for n, m in MODELS.items() if m.draws)}) is compared with the accelerator on one device instead: dp=1, and nothing else of a plan.
+is compared with the accelerator on one device instead: {", ".join(n for n, m in MODELS.items() if m.draws)}.
 
 Bounds: {TOLERANCE["fp64"]:.0e} where a model stays in fp64 ({", ".join(n for n, m in MODELS.items() if m.stays_fp64)}),
 {TOLERANCE["fp64 with fp32"]:.0e} where its own code drops to fp32 on the way, {TOLERANCE["fp32"]:.0e} in fp32,
