@@ -168,6 +168,7 @@ def test_an_operator_without_a_rule_is_given_whole_tensors():
 
 def test_samples_in_blocks_go_through_micro_batches():
     """Two views of every sample, one after the other along the batch."""
+
     def step(w, x):
         p = w.detach().requires_grad_()
         both = torch.cat([x, x.flip(1)])
