@@ -13,15 +13,15 @@ from moai.graph.step_graph import Input, Node, Origin, Output, Ref, StepGraph, T
 
 aten = torch.ops.aten
 
-_lib = torch.library.Library("moai_tests", "DEF")
+_lib = torch.library.Library("moai_tracing", "DEF")
 _lib.define("phase(str name) -> Tensor")
 _lib.impl("phase", lambda name: torch.zeros(()), "CompositeExplicitAutograd")
-torch.fx.node.has_side_effect(torch.ops.moai_tests.phase.default)
+torch.fx.node.has_side_effect(torch.ops.moai_tracing.phase.default)
 
 
 def phase(name: str) -> None:
     """What follows in a traced function belongs to this phase; it begins with "forward"."""
-    torch.ops.moai_tests.phase(name)
+    torch.ops.moai_tracing.phase(name)
 
 
 def trace(
@@ -72,7 +72,7 @@ class _Converter:
             raise ValueError(f"cannot convert {node.format_node()}")
 
     def _call(self, node: torch.fx.Node) -> None:
-        if node.target is torch.ops.moai_tests.phase.default:
+        if node.target is torch.ops.moai_tracing.phase.default:
             self._phase = node.args[0]
             return
         written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
