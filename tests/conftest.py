@@ -17,3 +17,15 @@ def own_state(tmp_path_factory):
             del os.environ[name]
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def double_precision():
+    """Tensors are made in fp64, and the same in every run: what is compared shows mistakes, not rounding."""
+    import torch  # not every test is to wait for it
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -28,6 +28,19 @@ def cluster(home, monkeypatch):
     return home
 
 
+@pytest.fixture
+def says(capsys):
+    """A function: what a command's `main` with these arguments prints; it must succeed, and say nothing on stderr."""
+
+    def run(main, *arguments):
+        assert main(list(arguments)) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run
+
+
 def flavor(name):
     """One of the shipped example."""
     return flavors.find(name, flavors.available(environ={"MOAI_CONFIG": str(EXAMPLE)}))

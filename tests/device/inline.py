@@ -1,6 +1,8 @@
-"""The accelerator with an executor in this process, for tests of what scripts see."""
+"""What tests of what scripts see have in common: an accelerator in this process, and torch without one in another."""
 
 import contextlib
+import subprocess
+import sys
 
 import torch
 
@@ -21,3 +23,15 @@ def accelerator():
         yield
     finally:
         recorder.execute, recorder.fetch = before
+
+
+def said_by_plain_torch(code):
+    """What `code` prints in a process whose torch knows no accelerator."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.strip()

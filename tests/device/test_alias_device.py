@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from moai.device import alias
+from tests.device import inline
 
 DEVICE_TYPE = torch.device
 
@@ -79,14 +78,7 @@ def test_devices_are_copied_and_pickled():
 def test_a_pickled_device_opens_in_plain_torch():
     data = pickle.dumps(torch.device("cuda:0"))
     code = f"import pickle, torch; print(repr(pickle.loads({data!r})))"
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert out.stdout.strip() == "device(type='cuda', index=0)"
+    assert inline.said_by_plain_torch(code) == "device(type='cuda', index=0)"
 
 
 def test_the_one_accelerator_of_torch_is_cuda():

@@ -14,18 +14,11 @@ import moai.graph.part_ops
 aten = torch.ops.aten
 moai = torch.ops.moai
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 N, CLASSES, WIDTH = 11, 7, 5
 CUTS = [(0, 7), (0, 4, 7), (0, 1, 5, 7)]
 NONE, SUM = 0, 2
-
-
-@pytest.fixture(autouse=True)
-def _double_precision():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def targets() -> torch.Tensor:

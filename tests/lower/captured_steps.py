@@ -70,6 +70,25 @@ def language_model(config: transformers.PretrainedConfig) -> Callable[[str], Non
     return script
 
 
+def llama_with_adamw(batch: int, length: int, times: int = 1, **config: int) -> Callable[[str], None]:
+    """Steps of AdamW on `batch` x `length` zeros, for tests of where values lie, not of what they are."""
+    made = transformers.LlamaConfig(**config, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
+
+    def script(device: str) -> None:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(made).train().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        tokens = torch.zeros(batch, length, dtype=torch.int64).to(device)
+        for _ in range(times):
+            optimizer.zero_grad()
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return script
+
+
 def train(model: nn.Module, loss: Callable[[], torch.Tensor], times: int = 1) -> None:
     """One step of plain SGD on the gradients of `times` losses."""
     for _ in range(times):
@@ -136,11 +155,11 @@ SCRIPTS: dict[str, Callable[[str], None]] = {
     "pyramid": classifier(pyramid, (4, 3, 16, 16)),
     "accumulated": classifier(pyramid, (4, 3, 16, 16), times=2),
 }
-_steps: dict[str, Step] = {}
+_steps: dict[Callable[[str], None], Step] = {}
 
 
 def capturing(capture: Observed, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Callable[[str], None]], Step]:
-    """A function that captures the training step of a script, or of one of SCRIPTS by name (those once)."""
+    """A function that gives the last training step of a script, or of one of SCRIPTS by name; each is captured once."""
     segments: list[Step] = []
 
     def execute(segment: Segment) -> list[torch.Tensor]:
@@ -152,18 +171,15 @@ def capturing(capture: Observed, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 
     monkeypatch.setattr(capture.recorder, "execute", execute)
 
-    def step_of(script: Callable[[str], None]) -> Step:
-        script("cuda")
-        return next(s for s in reversed(segments) if s.graph.trains)
-
-    def find(script: str | Callable[[str], None]) -> Step:
-        if not isinstance(script, str):
-            return step_of(script)
+    def step_of(script: str | Callable[[str], None]) -> Step:
+        if isinstance(script, str):
+            script = SCRIPTS[script]
         if script not in _steps:
-            _steps[script] = step_of(SCRIPTS[script])
+            script("cuda")
+            _steps[script] = next(s for s in reversed(segments) if s.graph.trains)
         return _steps[script]
 
-    return find
+    return step_of
 
 
 def computed_again(step: Step, nodes: Sequence[Node]) -> list[Node]:

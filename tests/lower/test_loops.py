@@ -23,14 +23,7 @@ from tests.lower.step_tracing import phase, trace
 Tensors = Sequence[torch.Tensor]
 WEIGHTS = ((6, 16), (16, 5))
 
-
-@pytest.fixture(autouse=True)
-def _double_precision():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def step_with(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:

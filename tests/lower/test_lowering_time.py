@@ -17,7 +17,7 @@ from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fix
 from tests.lower.captured_steps import Step, capturing, llama
 
 SECONDS_PER_1000_NODES = 0.3
-SHALLOW, DEEP = 4, 16
+SHALLOW, DEEP = llama(4), llama(16)
 
 PLANS = [
     Plan(dp=8),
@@ -35,15 +35,6 @@ def steps(capture, monkeypatch):  # noqa: F811
     return capturing(capture, monkeypatch)
 
 
-_steps: dict[int, Step] = {}
-
-
-def of_depth(steps, layers: int) -> Step:
-    if layers not in _steps:
-        _steps[layers] = steps(llama(layers))
-    return _steps[layers]
-
-
 def lowered(step: Step, plan: Plan) -> None:
     lower(step.graph, plan, [None] * len(step.graph.inputs))
 
@@ -57,7 +48,7 @@ def calls_per_node(step: Step, plan: Plan) -> float:
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_a_thousand_nodes_take_less_than_a_third_of_a_second(steps, plan):
-    step = of_depth(steps, SHALLOW)
+    step = steps(SHALLOW)
     best = float("inf")
     for _ in range(3):
         begin = time.process_time()
@@ -68,6 +59,6 @@ def test_a_thousand_nodes_take_less_than_a_third_of_a_second(steps, plan):
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_time_grows_with_the_layers_and_not_with_their_square(steps, plan):
-    shallow, deep = (of_depth(steps, layers) for layers in (SHALLOW, DEEP))
+    shallow, deep = steps(SHALLOW), steps(DEEP)
     lowered(shallow, plan)  # what is worked out once for each operator
     assert calls_per_node(deep, plan) < 1.1 * calls_per_node(shallow, plan)

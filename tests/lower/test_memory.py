@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from moai.graph.placement import TIME
-from moai.graph.step_graph import Ref, StepGraph, TensorType
+from moai.graph.step_graph import Ref, TensorType
 from moai.lower import Program, lower
 from moai.lower.coordinates import per_ranks
 from moai.lower.layouts import dense, results
@@ -23,7 +22,7 @@ from moai.plan.parse import parse
 from moai.runtime.accelerator import Accelerator
 from moai.runtime.measure import VARIABLE
 from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
-from tests.lower.captured_steps import capturing
+from tests.lower.captured_steps import Step, capturing, llama_with_adamw
 from tests.runtime.programs import TERMS, cpus, f32, mesh, op, program, slot, split
 
 OVER, UNDER = 0.05, 0.03
@@ -42,38 +41,22 @@ PLANS = [
     "dp=2,precision=bf16",
     "tp=2,micro=2,precision=bf16",
 ]
-_graphs: list[tuple[StepGraph, list[float | int]]] = []
-
-
-def a_step(device: str) -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        max_position_embeddings=64,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    tokens = torch.zeros(32, 64, dtype=torch.int64).to(device)
-    loss = model(tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
-    optimizer.step()
-    loss.item()
+a_step = llama_with_adamw(
+    batch=32,
+    length=64,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+    max_position_embeddings=64,
+)
 
 
 @pytest.fixture
-def step(capture, monkeypatch) -> tuple[StepGraph, list[float | int]]:  # noqa: F811
-    if not _graphs:
-        found = capturing(capture, monkeypatch)(a_step)
-        _graphs.append((found.graph, found.scalars))
-    return _graphs[0]
+def step(capture, monkeypatch) -> Step:  # noqa: F811
+    return capturing(capture, monkeypatch)(a_step)
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +73,13 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Acceler
 
 @pytest.mark.parametrize("text", PLANS)
 def test_the_predicted_peak_is_the_counted_one(step, counting, text: str) -> None:
-    graph, scalars = step
     accelerator, folder = counting
-    program = lower(graph, parse(text, 2), [None] * len(graph.inputs))
+    program = lower(step.graph, parse(text, 2), [None] * len(step.graph.inputs))
     inputs = [
         accelerator.upload(torch.zeros(s.type.shape, dtype=s.type.dtype), s.placement, program.mesh)
         for s in program.inputs
     ]
-    accelerator.run(program, inputs, scalars)
+    accelerator.run(program, inputs, step.scalars)
     accelerator.synchronize()
     lines = [json.loads(line) for file in folder.iterdir() for line in file.open()]
     counted = [line["counted"] for line in lines if line["program"] == program.name]
@@ -107,9 +89,8 @@ def test_the_predicted_peak_is_the_counted_one(step, counting, text: str) -> Non
 
 @pytest.mark.parametrize("text", ["dp=3,tp=2,micro=5", "dp=5,tp=4", "dp=6,shard=3,distribute_param=true,micro=2"])
 def test_nobody_has_longer_parts_than_the_first_device_in_its_first_pass(step, text: str) -> None:
-    graph, _ = step
     devices = math.prod(int(item[3:]) for item in text.split(",") if item[:3] in ("dp=", "tp="))
-    program = lower(graph, parse(text, devices), [None] * len(graph.inputs))
+    program = lower(step.graph, parse(text, devices), [None] * len(step.graph.inputs))
     lengths = [n for i in program.instructions for n in per_ranks(i.shapes)]
     assert lengths
     assert all(n.values[0] == max(n.values) for n in lengths)

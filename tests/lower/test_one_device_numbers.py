@@ -44,14 +44,8 @@ PLANS = (
 
 
 @pytest.fixture(autouse=True)
-def _double_precision(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)  # small states are spread, too
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+def _small_states_are_spread(double_precision, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)
 
 
 def check(fn: Callable[..., Any], state: Tensors, batch: Tensors, plans: Sequence[Plan] = PLANS) -> Program:

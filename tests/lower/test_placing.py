@@ -19,14 +19,7 @@ from tests.lower.step_tracing import phase, single, trace
 aten = torch.ops.aten
 TP = Placement(partial=("tp",))
 
-
-@pytest.fixture(autouse=True)
-def _double_precision():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def split(dim: int, length: int, axis: str = "tp", parts: int = 2) -> Placement:

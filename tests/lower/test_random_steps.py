@@ -191,13 +191,8 @@ def check(name: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _double_precision(monkeypatch: pytest.MonkeyPatch):
+def _small_states_are_spread(double_precision, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)
-    torch.set_num_threads(1)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -17,14 +17,7 @@ WIDTH = 32  # of a layer; its weight is just large enough to be spread
 SHARDED = Plan(dp=2, distribute_param=True)
 LOW = Plan(dp=2, distribute_param=True, distribute_low_prec_param=True)
 
-
-@pytest.fixture(autouse=True)
-def _double_precision():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def step(*args):

@@ -8,17 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from moai.graph.placement import REPLICATE, TIME, Placement
-from moai.graph.step_graph import Ref, StepGraph, TensorType
+from moai.graph.step_graph import Ref, TensorType
 from moai.lower import Program, lower
 from moai.lower.coordinates import diff, explanation, representatives
 from moai.lower.program import PerRank
 from moai.lower.validate import InvalidProgram, validate
 from moai.plan.parse import parse
 from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
-from tests.lower.captured_steps import capturing
+from tests.lower.captured_steps import capturing, llama_with_adamw
 from tests.runtime.programs import TERMS, each, f32, mesh, op, program, slot, split
 
 BATCH = 1030  # which neither 512 nor 64 x 2 divides
@@ -41,42 +40,27 @@ PLANS = [
     "dp=128,tp=4,micro=2,recompute=full,precision=bf16",
     "dp=64,tp=8,micro=2,recompute=default,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
 ]
-_graphs: list[StepGraph] = []
-
-
-def two_layers(device: str) -> None:
-    """A step of a model with fewer key/value heads than devices, and a vocabulary that no number of them divides."""
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=251,
-        max_position_embeddings=16,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    tokens = torch.zeros(BATCH, 4, dtype=torch.int64).to(device)
-    loss = model(tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
-    optimizer.step()
-    loss.item()
+# A model with fewer key/value heads than devices, and a vocabulary that no number of them divides.
+two_layers = llama_with_adamw(
+    batch=BATCH,
+    length=4,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=251,
+    max_position_embeddings=16,
+)
 
 
 @pytest.fixture
 def lowered(capture, monkeypatch) -> Callable[[str], Program]:  # noqa: F811
     """Lowers the step with a plan; the lowering validates with the types of all values."""
-    if not _graphs:
-        _graphs.append(capturing(capture, monkeypatch)(two_layers).graph)
+    graph = capturing(capture, monkeypatch)(two_layers).graph
     monkeypatch.setenv("MOAI_VALIDATE", "1")
 
     def lower_(text: str) -> Program:
-        (graph,) = _graphs
         plan = parse(text, math.prod(int(item[3:]) for item in text.split(",") if item[:3] in ("dp=", "tp=")))
         return lower(graph, plan, [None] * len(graph.inputs))
 

@@ -7,34 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import transformers
 
 from moai.graph.placement import TIME
-from moai.graph.step_graph import StepGraph
 from moai.lower import Program, lower
 from moai.plan.plan import Plan
 from tests.capture.conftest import capture  # noqa: F401 (fixture)
-from tests.lower.captured_steps import capturing, sizes
+from tests.lower.captured_steps import capturing, llama_with_adamw, sizes
 
 # Large enough that states are gathered layer by layer.
 SIZES = {**sizes(layers=4), "hidden_size": 192, "intermediate_size": 512}
 BATCH, SEQUENCE = 20, 32
 Lowered = Callable[[Plan], Program]
-_graphs: list[StepGraph] = []
 
-
-def script(device: str) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None)
-    model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64).to(device)
-    for _ in range(2):  # the second step is an ordinary one: the optimizer has its states
-        loss = model(tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
+# The second step is an ordinary one: the optimizer has its states.
+two_steps = llama_with_adamw(BATCH, SEQUENCE, times=2, **SIZES)
 
 
 @pytest.fixture
@@ -45,10 +31,8 @@ def reads_on_the_host() -> bool:
 
 @pytest.fixture
 def lowered(capture, monkeypatch) -> Lowered:  # noqa: F811
-    """Lowers the training step of `script` with a plan."""
-    if not _graphs:
-        _graphs.append(capturing(capture, monkeypatch)(script).graph)
-    (graph,) = _graphs
+    """Lowers the training step with a plan."""
+    graph = capturing(capture, monkeypatch)(two_steps).graph
     return lambda plan: lower(graph, plan, [None] * len(graph.inputs))
 
 
