@@ -23,6 +23,7 @@ OF_A_TOKEN = [["moreh-smi"], ["moreh-switch-model", "--list"], ["moai", "status"
 WITH_HELP = [["moreh-smi", "--help"], ["moreh-switch-model", "--help"], ["moai", "--help"]]
 THAT_READ_STATE = [*OF_A_TOKEN, ["moai", "jobs"]]
 UNWRITABLE = Path("/proc/self")
+QUEUED = "/proc/{}/schedstat"  # Linux: the second number is how long it has waited for a core, in ns
 TIMEOUT = 20.0
 MOST_SECONDS = 0.4
 
@@ -45,16 +46,22 @@ def refused(command, *arguments, **options):
     return done.stderr
 
 
+def seconds(command):
+    """How long it takes, without the time in which it could have gone on, but other programs had the cores."""
+    begun = time.perf_counter()
+    with subprocess.Popen([COMMANDS / command[0], *command[1:]], stdout=subprocess.DEVNULL) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        taken = time.perf_counter() - begun
+        queued = QUEUED.format(process.pid)
+        waited = int(Path(queued).read_text().split()[1]) / 1e9 if Path(queued).exists() else 0.0
+    assert process.returncode == 0
+    return taken - waited
+
+
 @pytest.mark.parametrize("command", [["moreh-smi"], ["moreh-smi", "-p"], ["moreh-switch-model", "--list"]])
 def test_it_answers_within_four_tenths_of_a_second(command):
-    def seconds():
-        begun = time.perf_counter()
-        assert run(*command).returncode == 0
-        return time.perf_counter() - begun
-
-    seconds()  # the first run compiles modules and makes the database
-    # What else the machine does counts too: one calm round of three is enough.
-    assert any(statistics.median(seconds() for _ in range(5)) < MOST_SECONDS for _ in range(3))
+    seconds(command)  # the first run compiles modules and makes the database
+    assert statistics.median(seconds(command) for _ in range(5)) < MOST_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,11 @@ def start(program: Program) -> int:
 
 
 def main(seconds: float, kill: bool) -> None:
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), seconds, kill)
+
+
+def run(folder: Path, seconds: float, kill: bool) -> None:
     deadline = time.monotonic() + seconds
     count = 0
 
