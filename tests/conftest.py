@@ -1,22 +1,26 @@
+"""What every test finds: a user without accelerators, settings or programs lowered before, who sits at a terminal."""
+
 import os
+import signal
+import tempfile
 
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_state(tmp_path_factory):
-    """Tests neither see nor wait for the accelerators of who runs them, and lower their graphs themselves."""
-    folder = tmp_path_factory.mktemp("state")
-    before = {name: os.environ.get(name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "MOAI_PROGRAM_CACHE")}
+def pytest_configure(config):
+    """Before tests are imported: some look at their environment then."""
+    folder = tempfile.TemporaryDirectory(prefix="moai-tests-")
+    config.add_cleanup(folder.cleanup)
+    for name in [n for n in os.environ if n.startswith(("MOAI_", "MOREH_", "TORCH_DEVICE_BACKEND_"))]:
+        del os.environ[name]
     os.environ.update(
-        XDG_STATE_HOME=str(folder / "state"), XDG_CONFIG_HOME=str(folder / "config"), MOAI_PROGRAM_CACHE="0"
+        XDG_STATE_HOME=f"{folder.name}/state",
+        XDG_CONFIG_HOME=f"{folder.name}/config",
+        MOAI_PROGRAM_CACHE="0",
+        MOAI_VALIDATE="1",  # every program that is lowered, here and in scripts
     )
-    yield
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    # A shell starts what runs in the background deaf to Ctrl-C, and so would be the programs that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

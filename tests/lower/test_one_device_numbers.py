@@ -309,7 +309,10 @@ def test_batch_norm_updates_its_running_statistics():
     check(step, state, [torch.randn(7, 3, 4, 4)])
 
 
-def test_batch_norm_in_evaluation():
+def test_batch_norm_in_evaluation(monkeypatch: pytest.MonkeyPatch):
+    # Without data torch gives statistics of another shape. A step of a script has none: they are written as arithmetic.
+    monkeypatch.setenv("MOAI_VALIDATE", "0")
+
     def forward(params, x):
         return (
             F.batch_norm(x, params[2].detach(), params[3].detach().abs(), params[0], params[1]).square().sum()
