@@ -40,4 +40,8 @@ test-all: lint
 
 bench: install
 	$(PY) -m benchmarks.capture
+	$(PY) -m benchmarks.lowering
+	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.numerics
+	$(PY) -m benchmarks.compile_time
 	$(PY) -m benchmarks.peers
