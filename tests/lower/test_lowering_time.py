@@ -17,7 +17,7 @@ from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fix
 from tests.lower.captured_steps import Step, capturing, llama
 
 SECONDS_PER_1000_NODES = 0.3
-SHALLOW, DEEP = llama(4), llama(16)
+SHALLOW, DEEP = llama(2), llama(8)
 
 PLANS = [
     Plan(dp=8),
@@ -49,17 +49,19 @@ def calls_per_node(step: Step, plan: Plan) -> float:
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_a_thousand_nodes_take_less_than_a_third_of_a_second(steps, plan):
-    step = steps(SHALLOW)
-    best = float("inf")
-    for _ in range(3):
+    step = steps(DEEP)
+
+    def seconds() -> float:
         begin = time.process_time()
         lowered(step, plan)
-        best = min(best, time.process_time() - begin)
-    assert best / len(step.graph.nodes) * 1000 < SECONDS_PER_1000_NODES
+        return time.process_time() - begin
+
+    # Who shares the core's caches can only make it slower: one undisturbed time of ten is enough.
+    assert any(seconds() / len(step.graph.nodes) * 1000 < SECONDS_PER_1000_NODES for _ in range(10))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_time_grows_with_the_layers_and_not_with_their_square(steps, plan):
     shallow, deep = steps(SHALLOW), steps(DEEP)
     lowered(shallow, plan)  # what is worked out once for each operator
-    assert calls_per_node(deep, plan) < 1.1 * calls_per_node(shallow, plan)
+    assert calls_per_node(deep, plan) < 1.05 * calls_per_node(shallow, plan)
