@@ -12,7 +12,8 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory(prefix="moai-tests-")
     config.add_cleanup(folder.cleanup)
     for name in [n for n in os.environ if n.startswith(("MOAI_", "MOREH_", "TORCH_DEVICE_BACKEND_"))]:
-        del os.environ[name]
+        if not name.startswith("MOAI_TEST_"):  # these are for the tests
+            del os.environ[name]
     os.environ.update(
         XDG_STATE_HOME=f"{folder.name}/state",
         XDG_CONFIG_HOME=f"{folder.name}/config",

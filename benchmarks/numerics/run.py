@@ -26,6 +26,7 @@ Outcome = Literal["same", "differs", "refused", "failed"]
 Results = dict[Case, Training | str]
 
 _START_SECONDS, _CASE_SECONDS = 60, 40
+_OF_LOWERING = ("MOAI_PROGRAM_CACHE", "MOAI_VALIDATE")  # kept: they change no number
 # Of losses and norms, and of parameters, by what the case computes in; in bf16 the unit is bf16's own error.
 TOLERANCE = {"fp64": 1e-10, "fp64 with fp32": 1e-6, "fp32": 1e-5, "bf16": 3.0}
 _FEWEST = 3  # at least so many steps make a distance in bf16
@@ -103,7 +104,11 @@ class Runner:
 
     def _environment(self, settings: Mapping[str, str]) -> dict[str, str]:
         """Accelerators of its own: no queue of other programs, and no plan that the user has chosen."""
-        chosen = {name: value for name, value in os.environ.items() if not name.startswith(("MOAI_", "MOREH_"))}
+        chosen = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _OF_LOWERING or not name.startswith(("MOAI_", "MOREH_"))
+        }
         state = {"XDG_STATE_HOME": str(self._folder / "state"), "XDG_CONFIG_HOME": str(self._folder / "config")}
         return {**chosen, **state, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **settings}
 

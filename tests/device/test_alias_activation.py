@@ -13,10 +13,9 @@ ON, OFF = "cuda True True", "cuda False True"
 
 def run(code, tmp_path, **env):
     """Runs `code` in a process whose user has chosen no accelerator, but for `env`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MOAI_", "MOREH_", "TORCH_DEVICE_BACKEND"))}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=clean | {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), "MOAI_STATE_DIR": str(tmp_path)} | env,
+        env={**os.environ, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), **env},
         capture_output=True,
         text=True,
         check=True,

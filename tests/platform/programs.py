@@ -23,17 +23,13 @@ print(lease.job_id, *(d.index for d in lease.devices), flush=True)
 HOLD = "sys.stdin.readline()"
 
 
-def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("MOAI_", "MOREH_"))}
-
-
 class Program:
     """A program of the user; `environ` says where the state is and what the program is to get."""
 
     def __init__(self, environ: dict[str, str], body: str = HOLD) -> None:
         self._popen = subprocess.Popen(
             [sys.executable, "-c", CODE.format(body=body)],
-            env={**_inherited(), "MOREH_LOG_PREFIX": "short", **environ},
+            env={**os.environ, "MOREH_LOG_PREFIX": "short", **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

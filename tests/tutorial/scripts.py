@@ -36,9 +36,8 @@ def run_script(name: str, state: Path, *args: object, **environ: str) -> subproc
 
 
 def environment(state: Path, **environ: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MOAI_")}
     fixed = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state / "state")}
-    return {**own, **fixed, "HF_DATASETS_CACHE": str(state / "datasets"), **environ}
+    return {**os.environ, **fixed, "HF_DATASETS_CACHE": str(state / "datasets"), **environ}
 
 
 def train(prepared: Prepared, folder: Path, *args: object, **environ: str) -> subprocess.CompletedProcess[str]:
