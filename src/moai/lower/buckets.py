@@ -19,13 +19,18 @@ import torch
 from moai.graph.step_graph import Ref, flat_ids
 from moai.lower.cleanup import uses
 from moai.lower.program import Instruction
+from moai.lower.repeats import apart
 from moai.lower.values import Values
 
 # Below the lower bound, latency dominates; above the upper one, the reduction of the last bucket is not hidden.
-_MIN_BYTES, _MAX_BYTES = 4 << 20, 25 << 20
+_MIN_BYTES, MAX_BYTES = 4 << 20, 25 << 20
 # About so many buckets a step: what remains to be awaited after the last gradient is one of them.
 _BUCKETS = 4
 _GATHERED_BUCKETS, _MIN_GATHERED = 16, 256 << 10
+# Of a model with layers: what is repeated so often is a layer, which is gathered in about so many pieces.
+_LAYERS, _PIECES = 3, 4
+# A layer smaller than this is none.
+_MIN_LAYER = 16 << 10
 _SMALL = 4096
 # A message of so many bytes is worth to be put together where its terms are made.
 _WORTH_IT = 1 << 20
@@ -57,7 +62,7 @@ class _Bucket:
 
     def takes(self, member: _Timed) -> bool:
         """Whether a sum can join without being late for anyone."""
-        fits = self.bytes + member.nbytes <= _MAX_BYTES
+        fits = self.bytes + member.nbytes <= MAX_BYTES
         return fits and max(self.ready, member.ready) < min(self.due, member.due)
 
     def join(self, member: _Timed) -> None:
@@ -171,37 +176,52 @@ def _written_in_place(
 
 
 def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
-    enough = min(max(sum(s.nbytes for s in sums) // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
-    full: list[_Bucket] = []
-    filling: dict[object, _Bucket] = {}  # by dtype
-    for member in sorted(sums, key=lambda s: s.ready):
-        dtype = values.types[member.instruction.outs].dtype
-        bucket = filling.get(dtype)
-        if bucket is None or not bucket.takes(member) or bucket.bytes >= enough:
-            bucket = filling[dtype] = _Bucket()
-            full.append(bucket)
-        bucket.join(member)
-    return full
+    """Sums in the order in which they can begin. Buckets hold whole layers, as few as are worth a message."""
+    ordered = sorted(sums, key=lambda s: s.ready)
+    begins, _ = _layers(ordered, values)
+    total = sum(s.nbytes for s in sums)
+    enough = MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), MAX_BYTES)
+    return _cut(ordered, values, begins, _MIN_BYTES, enough)
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
     """States by the order of their first use; each bucket starts where the one before it is awaited.
 
-    Two buckets are on the device at a time, which is what spreading the states was to avoid: they are kept small.
+    Two buckets are on the device at a time, which is what spreading the states was to avoid: they are kept small, and
+    hold of one layer at most.
     """
-    enough = min(max(sum(g.nbytes for g in gathers) // _GATHERED_BUCKETS, _MIN_GATHERED), _MAX_BYTES)
+    ordered = sorted(gathers, key=lambda g: g.due)
+    begins, layer = _layers(ordered, values)
+    piece = layer // _PIECES if begins else sum(g.nbytes for g in gathers) // _GATHERED_BUCKETS
+    full = _cut(ordered, values, begins, _MIN_LAYER, min(max(piece, _MIN_GATHERED), MAX_BYTES))
+    previous = -1
+    for bucket in full:
+        bucket.ready, previous = max(bucket.ready, min(previous, bucket.due - 1)), bucket.due
+    return full
+
+
+def _layers(members: Sequence[_Timed], values: Values) -> tuple[set[int], int]:
+    """Where layers begin, and the bytes of the largest one: buckets that keep to them are the same for each layer,
+    whatever their number."""
+    sizes = [(m.nbytes, values.types[m.instruction.outs].dtype) for m in members]
+    found = apart(sizes, _LAYERS)
+    begins = {at for s in found for at in range(s.start, s.end + 1, s.period)}
+    return begins, max((sum(m.nbytes for m in members[s.start : s.start + s.period]) for s in found), default=0)
+
+
+def _cut(members: Sequence[_Timed], values: Values, begins: Collection[int], least: int, enough: int) -> list[_Bucket]:
+    """Buckets of `enough` bytes, or of `least` where a layer begins."""
     full: list[_Bucket] = []
-    filling: dict[object, _Bucket] = {}
-    for member in sorted(gathers, key=lambda g: g.due):
+    filling: dict[object, _Bucket] = {}  # by dtype
+    for at, member in enumerate(members):
         dtype = values.types[member.instruction.outs].dtype
+        if at in begins:
+            filling = {d: bucket for d, bucket in filling.items() if bucket.bytes < least}
         bucket = filling.get(dtype)
         if bucket is None or not bucket.takes(member) or bucket.bytes >= enough:
             bucket = filling[dtype] = _Bucket()
             full.append(bucket)
         bucket.join(member)
-    previous = -1
-    for bucket in full:
-        bucket.ready, previous = max(bucket.ready, min(previous, bucket.due - 1)), bucket.due
     return full
 
 

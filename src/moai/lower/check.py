@@ -27,10 +27,20 @@ def check(program: Program) -> None:
         alive.update(outs)
         assert alive.issuperset(instruction.frees), f"a value is freed twice, {here}"
         alive.difference_update(instruction.frees)
+    _check_results(program)
     for slot in program.outputs:
         assert slot.id in alive, f"output %{slot.id} of {program.name} is never written, or was freed"
     for slot in (*program.inputs, *program.outputs):
         _check_placement(slot, program.mesh)
+
+
+def _check_results(program: Program) -> None:
+    """What is awaited gives a result for each of the terms."""
+    terms = {i.outs: 0 if i.kwargs.get("in_place") else len(i.args[0]) for i in program.instructions if i.op in STARTS}
+    for i in program.instructions:
+        if i.op == "wait":
+            wanted = terms.get(i.args[0].id)
+            assert len(i.outs) == wanted, f"{len(i.outs)} results of {wanted} terms, {i} of {program.name}"
 
 
 def _check_placement(slot: Slot, mesh: Mesh) -> None:

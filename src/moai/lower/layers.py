@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
 from moai.lower.activations import Activations
+from moai.lower.repeats import Stretch, periods
 
-# How many of the distances at which operators come again are looked at: layers, and layers within layers.
-_PERIODS = 8
-# The length of the sequences of operators whose next occurrence is looked for.
-_GRAM = 4
 # Layers are what a reader expects and what compiles once; parts of other sizes have to hold so much less than these.
 _WORTH_LEAVING_LAYERS = 1.5
 
 
 def cuts(activations: Activations, block: Sequence[int]) -> list[int]:
     """The steps of `block` that begin a part, but for the first: none if that would not save memory."""
-    stretch = _Stretch(activations, block)
-    if not stretch.held([]):
+    within = _Block(activations, block)
+    if not within.held([]):
         return []
-    even = min((stretch.even(k) for k in _part_counts(len(block))), key=stretch.held, default=[])
-    found = stretch.layers()
-    if stretch.held(found) > _WORTH_LEAVING_LAYERS * stretch.held(even):
+    even = min((within.even(k) for k in _part_counts(len(block))), key=within.held, default=[])
+    found = within.layers()
+    if within.held(found) > _WORTH_LEAVING_LAYERS * within.held(even):
         found = even
-    return [block[p] for p in found] if stretch.held(found) < stretch.held([]) else []
+    return [block[p] for p in found] if within.held(found) < within.held([]) else []
 
 
 def _part_counts(n: int) -> list[int]:
@@ -40,7 +36,7 @@ def _part_counts(n: int) -> list[int]:
     return sorted({k for e in range(most.bit_length()) for k in (2 << e, 3 << e) if k <= most})
 
 
-class _Stretch:
+class _Block:
     """One block. Positions count its steps; a cut at position p separates step p - 1 from step p."""
 
     def __init__(self, activations: Activations, block: Sequence[int]):
@@ -70,10 +66,10 @@ class _Stretch:
     def layers(self) -> list[int]:
         """The first steps of repeated layers. Runs of several kinds of layers may follow each other."""
         found: list[int] = []
-        taken: list[tuple[int, int]] = []
-        for period, runs in self._repetitions():
-            free = [(a, b) for a, b in runs if all(b <= c or d <= a for c, d in taken)]
-            more = sorted({*found, *(p for run in free for p in self._narrowest(*run, period))})
+        taken: list[Stretch] = []
+        for _, stretches in periods(self._tokens):
+            free = [s for s in stretches if all(s.end <= t.start or t.end <= s.start for t in taken)]
+            more = sorted({*found, *(p for stretch in free for p in self._narrowest(stretch))})
             if self.held(more) < self.held(found):
                 found = more
                 taken += free
@@ -91,32 +87,10 @@ class _Stretch:
                 found.add(min(window, key=self._crossing.__getitem__))
         return sorted(found)
 
-    def _repetitions(self) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Periods with the stretches in which every step comes again after one, those that cover most first."""
-        tokens = self._tokens
-        distances: Counter[int] = Counter()
-        seen: dict[tuple[int, ...], int] = {}
-        for i, gram in enumerate(zip(*(tokens[k:] for k in range(_GRAM)), strict=False)):
-            if gram in seen:
-                distances[i - seen[gram]] += 1
-            seen[gram] = i
-        found = [(period, self._runs(period)) for period, _ in distances.most_common(_PERIODS)]
-        return sorted(found, key=lambda pair: (-sum(b - a for a, b in pair[1]), pair[0]))
-
-    def _runs(self, period: int) -> list[tuple[int, int]]:
-        tokens, runs, start = self._tokens, [], 0
-        alike = [a == b for a, b in zip(tokens, tokens[period:], strict=False)]
-        for i, same in enumerate([*alike, False]):
-            if not same:
-                if i - start >= period:
-                    runs.append((start, i + period))
-                start = i + 1
-        return runs
-
-    def _narrowest(self, start: int, end: int, period: int) -> list[int]:
+    def _narrowest(self, stretch: Stretch) -> list[int]:
         """The cuts, one period apart, of which the widest is crossed by the fewest bytes; of several, the first."""
-        inside = range(1, self._n)
-        choices = [[p for p in range(start + o, end + 1, period) if p in inside] for o in range(period)]
+        inside, step = range(1, self._n), stretch.period
+        choices = [[p for p in range(stretch.start + o, stretch.end + 1, step) if p in inside] for o in range(step)]
         return min(filter(None, choices), key=lambda at: max(self._crossing[p] for p in at))
 
 

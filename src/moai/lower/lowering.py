@@ -2,6 +2,8 @@
 
 In: the graph of a step, the plan for it, and how its inputs already lie on the devices. Out: the Program that every
 device runs. The result is that of one device on the global batch: no operator sees a part where it needs the whole.
+
+Of a deep model a few layers are lowered, which the others repeat (`depth`).
 """
 
 from __future__ import annotations
@@ -9,15 +11,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moai.graph.placement import TIME, Mesh, Placement
-from moai.graph.step_graph import Origin, Ref, StepGraph, flat_ids, refs
+from moai.graph.step_graph import Origin, Ref, StepGraph, TensorType, flat_ids, refs
 from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
 from moai.lower.check import check
 from moai.lower.cleanup import uses, without_dead, without_repetitions
+from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
@@ -60,6 +63,33 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     result on several devices.
     """
     plan = _fitted(graph, plan, given)
+    tried = (_of_few_layers(graph, few, plan) for few in shallow(graph, given, plan))
+    deep = next((deep for deep in tried if deep is not None), None)
+    if deep is not None:
+        program = deep.program
+    else:
+        program, types = _lowered(graph, plan, given)
+        program = replace(program, peak_bytes=peak_bytes(program, types))
+    if os.environ.get(VALIDATE) == "1":
+        check(program)
+        validate(program, types if deep is None else deep.types())
+    return program
+
+
+def _of_few_layers(graph: StepGraph, few: Shallow, plan: Plan) -> Deep | None:
+    """What `graph` is lowered to, from the same step with few layers, if it is clear what that would be."""
+    deep = deepened(*_lowered(few.graph, plan, few.given), few)
+    if deep is None:
+        return None
+    inputs = [s.type for s in deep.program.inputs] == [graph.types[i.id] for i in graph.inputs]
+    found = [(s.type, s.replaces) for s in deep.program.outputs]
+    return deep if inputs and found == [(graph.types[o.id], o.replaces) for o in graph.outputs] else None
+
+
+def _lowered(
+    graph: StepGraph, plan: Plan, given: Sequence[Placement | None]
+) -> tuple[Program, Mapping[int, TensorType]]:
+    """The program of `graph`, but for its peak, with the types of its values."""
     mesh = plan.mesh
     nodes, spelled, outputs = canonical(graph)
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
@@ -101,10 +131,7 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
         notes=tuple(placer.notes),
     )
     check(program)
-    program = replace(program, peak_bytes=peak_bytes(program, values.types))
-    if os.environ.get(VALIDATE) == "1":
-        validate(program, values.types)
-    return program
+    return program, values.types
 
 
 def _fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:

@@ -23,23 +23,32 @@ from moai.lower.workspaces import workspace
 
 def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
     """`types`: those of the program's values."""
+    return max(map(max, levels(program, types)))
+
+
+def levels(program: Program, types: Mapping[int, TensorType]) -> list[tuple[int, ...]]:
+    """The most that is held during each instruction, in each of its passes, and behind the last one."""
     ledger = _Ledger(program, types)
-    begin = None
+    found: list[tuple[int, ...]] = []
+    begin = 0
     for index, instruction in enumerate(program.instructions):
         if instruction.op == "repeat":
             begin = index + 1
+            found.append((ledger.level(),))
         elif instruction.op == "end_repeat":
-            for step in (0, 1):
-                ledger.step = step
-                for inner in program.instructions[begin:index]:
-                    ledger.add(inner)
+            # Until here, the loop's instructions have been looked at in their first pass alone.
+            ledger.step = 1
+            for at in range(begin, index):
+                ledger.add(program.instructions[at])
+                found[at] = (*found[at], ledger.level())
             ledger.step = 0
             ledger.free(instruction)
-            begin = None
-        elif begin is None:
+            found.append((ledger.level(),))
+        else:
             ledger.add(instruction)
+            found.append((ledger.level(),))
     ledger.end()
-    return ledger.peak
+    return [*found, (ledger.level(),)]
 
 
 class _Piece:
@@ -56,8 +65,8 @@ class _Ledger:
     """Who holds which memory. A list, and a collective under way, hold several pieces."""
 
     def __init__(self, program: Program, types: Mapping[int, TensorType]) -> None:
-        self.peak = 0
         self.step = 0
+        self._level = 0
         self._now = 0
         self._program = program
         self._mesh = program.mesh
@@ -69,6 +78,11 @@ class _Ledger:
         for slot in program.inputs:
             self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
+    def level(self) -> int:
+        """The most that was held since this was asked last."""
+        found, self._level = self._level, self._now
+        return found
+
     # -- pieces
 
     def _hold(self, id_: int, *pieces: _Piece) -> None:
@@ -77,7 +91,7 @@ class _Ledger:
             if not piece.holders:
                 self._now += piece.nbytes
             piece.holders += 1
-        self.peak = max(self.peak, self._now)
+        self._level = max(self._level, self._now)
         old, self._held[id_] = self._held.get(id_, []), list(pieces)
         self._release(old)
 
@@ -92,7 +106,7 @@ class _Ledger:
         self._hold(id_, _Piece(laid.nbytes))
 
     def _working(self, nbytes: int) -> None:
-        self.peak = max(self.peak, self._now + nbytes)
+        self._level = max(self._level, self._now + nbytes)
 
     def free(self, instruction: Instruction) -> None:
         """What the instruction frees."""
