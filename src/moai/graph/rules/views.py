@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from moai.graph.rules.dims import Blocked, Call, DimFactors, Dims, Rule, Unit
+from moai.graph.rules.dims import Blocked, Call, DimFactors, Dims, Nested, Rule, Unit, common_loops, shared_out
 from moai.graph.rules.pointwise import broadcast
 
 aten = torch.ops.aten
+
+Shape = Sequence[int]
 
 
 def _own(rank: int) -> tuple[int, ...]:
@@ -53,18 +56,55 @@ def reshape(call: Call) -> Dims | None:
 
     `lower` brings every view by sizes into the form of aten.reshape first.
     """
+    return _reshape(call, None)
+
+
+def reshape_inside(call: Call, inside: Callable[[int, int], bool]) -> Dims | None:
+    """As `reshape`, but where `inside` is true of a value and its dim, along every loop that this dim is made of:
+    [3*H*E] is split as the H of [3, H, E] is."""
+    return _reshape(call, inside)
+
+
+def _reshape(call: Call, inside: Callable[[int, int], bool] | None) -> Dims | None:
     before, after = call.inputs[0].shape, call.outputs[0].shape
     if 0 in before:
         return None
-    source: list[Unit | None] = [None] * len(before)
-    result: list[Unit | None] = [None] * len(after)
+    source: list[Any] = [None] * len(before)
+    result: list[Any] = [None] * len(after)
     for name, (a, b) in enumerate(groups(before, after)):
-        inner_a = math.prod(before[d] for d in a[1:])
-        inner_b = math.prod(after[d] for d in b[1:])
-        common = math.gcd(inner_a, inner_b)
-        source[a[0]] = Unit(name, inner_b // common)
-        result[b[0]] = Unit(name, inner_a // common)
+        if len(a) == len(b) == 1:
+            source[a[0]] = result[b[0]] = name
+            continue
+        loops = None if inside is None else _loops(call, inside, name, a, b)
+        if loops is None:
+            inner_a = math.prod(before[d] for d in a[1:])
+            inner_b = math.prod(after[d] for d in b[1:])
+            common = math.gcd(inner_a, inner_b)
+            source[a[0]] = Unit(name, inner_b // common)
+            result[b[0]] = Unit(name, inner_a // common)
+            continue
+        for dims, entries, shape in ((a, source, before), (b, result, after)):
+            for d, own in zip(dims, shared_out(loops, [n for _, n in loops], [shape[d] for d in dims]), strict=True):
+                entries[d] = Nested(tuple(own)) if len(own) > 1 else own[0][0]
     return Dims((tuple(source),), (tuple(result),), sizes={"shape": tuple(result)})
+
+
+def _loops(
+    call: Call, inside: Callable[[int, int], bool], name: int, a: list[int], b: list[int]
+) -> list[tuple[Any, int]] | None:
+    """The loops of a group with their lengths; those that are in no dim of which `inside` is true have no factor."""
+    sides = ((call.input_ids[0], a, call.inputs[0].shape), (call.node.outs, b, call.outputs[0].shape))
+    marked = [(dims, shape, [inside(id_, d) for d in dims]) for id_, dims, shape in sides]
+    if not any(any(marks) for _, _, marks in marked):
+        return None
+    lengths = common_loops(tuple(marked[0][1][d] for d in a), tuple(marked[1][1][d] for d in b))
+    if lengths is None:
+        return None
+    free: set[int] = set()
+    for dims, shape, marks in marked:
+        for own, mark in zip(shared_out(range(len(lengths)), lengths, [shape[d] for d in dims]), marks, strict=True):
+            free.update(own if mark else ())
+    return [((name, k) if k in free else None, length) for k, length in enumerate(lengths)]
 
 
 def permute(call: Call) -> Dims:
