@@ -211,8 +211,10 @@ def test_every_weight_of_a_layer_is_split_and_the_numbers_are_one_devices(steps,
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_costs_two_sums_forward_and_two_backward(steps, form: str):
-    one, two = (exchanged(program_of(steps(script(form, n)), Plan(dp=2, tp=2))) for n in (1, 2))
-    assert two - one == Counter(reduce_scatter=4, all_gather=4)
+    one, two = (steps(script(form, n)) for n in (1, 2))
+    for plan in PLANS:
+        more = exchanged(program_of(two, plan)) - exchanged(program_of(one, plan))
+        assert more == Counter(reduce_scatter=4, all_gather=4), plan
 
 
 def test_samples_that_are_not_the_first_dim_stay_on_their_devices(steps):

@@ -232,13 +232,14 @@ class Placer:
         return out
 
     def _weights_first(self, call: Call, placements: list[Placement]) -> list[Placement]:
-        """How the inputs may go on lying: where parts of a sequence meet parts of heads or of a layer's width in a
-        product, it is the sequence that is gathered."""
-        if call.op not in PRODUCTS:
+        """How the inputs may go on lying: a sequence is gathered where it is flattened, and where parts of it meet
+        parts of heads or of a layer's width in a product."""
+        flattens = call.op is aten.reshape.default and len(call.outputs[0].shape) < len(call.inputs[0].shape)
+        if not flattens and call.op not in PRODUCTS:
             return placements
         over_tp = [p.shard_of("tp") for p in placements]
         along = [s is not None and s in self._wishes.get(i, ()) for i, s in zip(call.input_ids, over_tp, strict=True)]
-        if all(s is None or a for s, a in zip(over_tp, along, strict=True)):
+        if not flattens and all(s is None or a for s, a in zip(over_tp, along, strict=True)):
             return placements
         return [
             replace(p, shards=tuple(s for s in p.shards if s != part)) if a else p
