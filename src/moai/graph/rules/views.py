@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from moai.graph.rules.pointwise import broadcast
 
 aten = torch.ops.aten
 
-Shape = Sequence[int]
+Shape = tuple[int, ...]
 
 
 def _own(rank: int) -> tuple[int, ...]:
@@ -56,17 +57,30 @@ def reshape(call: Call) -> Dims | None:
 
     `lower` brings every view by sizes into the form of aten.reshape first.
     """
-    return _reshape(call, None)
+    return _along_first_dims(call.inputs[0].shape, call.outputs[0].shape)
 
 
 def reshape_inside(call: Call, inside: Callable[[int, int], bool]) -> Dims | None:
     """As `reshape`, but where `inside` is true of a value and its dim, along every loop that this dim is made of:
     [3*H*E] is split as the H of [3, H, E] is."""
-    return _reshape(call, inside)
-
-
-def _reshape(call: Call, inside: Callable[[int, int], bool] | None) -> Dims | None:
     before, after = call.inputs[0].shape, call.outputs[0].shape
+    plain = _along_first_dims(before, after)
+    ids = call.input_ids[0], call.node.outs
+    if plain is None or not any(inside(i, d) for i, s in zip(ids, (before, after), strict=True) for d in range(len(s))):
+        return plain
+    source, result = list(plain.inputs[0]), list(plain.outputs[0])
+    for name, (a, b) in enumerate(groups(before, after)):
+        loops = None if len(a) == len(b) == 1 else _loops(call, inside, name, a, b)
+        if loops is None:
+            continue
+        for dims, entries, shape in ((a, source, before), (b, result, after)):
+            for d, own in zip(dims, shared_out(loops, [n for _, n in loops], [shape[d] for d in dims]), strict=True):
+                entries[d] = Nested(tuple(own)) if len(own) > 1 else own[0][0]
+    return Dims((tuple(source),), (tuple(result),), sizes={"shape": tuple(result)})
+
+
+@lru_cache(maxsize=4096)
+def _along_first_dims(before: Shape, after: Shape) -> Dims | None:
     if 0 in before:
         return None
     source: list[Any] = [None] * len(before)
@@ -75,17 +89,11 @@ def _reshape(call: Call, inside: Callable[[int, int], bool] | None) -> Dims | No
         if len(a) == len(b) == 1:
             source[a[0]] = result[b[0]] = name
             continue
-        loops = None if inside is None else _loops(call, inside, name, a, b)
-        if loops is None:
-            inner_a = math.prod(before[d] for d in a[1:])
-            inner_b = math.prod(after[d] for d in b[1:])
-            common = math.gcd(inner_a, inner_b)
-            source[a[0]] = Unit(name, inner_b // common)
-            result[b[0]] = Unit(name, inner_a // common)
-            continue
-        for dims, entries, shape in ((a, source, before), (b, result, after)):
-            for d, own in zip(dims, shared_out(loops, [n for _, n in loops], [shape[d] for d in dims]), strict=True):
-                entries[d] = Nested(tuple(own)) if len(own) > 1 else own[0][0]
+        inner_a = math.prod(before[d] for d in a[1:])
+        inner_b = math.prod(after[d] for d in b[1:])
+        common = math.gcd(inner_a, inner_b)
+        source[a[0]] = Unit(name, inner_b // common)
+        result[b[0]] = Unit(name, inner_a // common)
     return Dims((tuple(source),), (tuple(result),), sizes={"shape": tuple(result)})
 
 
