@@ -28,3 +28,11 @@ def test_attention_reads_arguments_whose_rows_lie_apart(kv: int, masked: bool):
     torch.testing.assert_close(moai.sdpa(*apart, *how), (out, lse))
     expected = moai.sdpa_backward(grad, q, k, v, out, lse, *how)
     torch.testing.assert_close(moai.sdpa_backward(columns_first(grad), *apart, columns_first(out), lse, *how), expected)
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3), (2, 1, 3)])
+def test_a_product_takes_any_number_of_batch_dims(batch: tuple[int, ...]):
+    a, b = torch.randn(*batch, 4, 5), torch.randn(*batch, 6, 5).mT
+    found = moai.matmul(a, b)
+    torch.testing.assert_close(found, a @ b)
+    torch.testing.assert_close(moai.matmul(a.transpose(0, -2).contiguous().transpose(0, -2), b), found)

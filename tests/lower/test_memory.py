@@ -14,7 +14,7 @@ from moai.graph.placement import TIME
 from moai.graph.step_graph import Ref, TensorType
 from moai.lower import Program, lower
 from moai.lower.coordinates import per_ranks
-from moai.lower.layouts import dense, results
+from moai.lower.layouts import Laid, dense, results
 from moai.lower.peak import peak_bytes
 from moai.lower.program import PerRank
 from moai.lower.workspaces import workspace
@@ -178,6 +178,14 @@ def test_attention_with_shared_heads_repeats_them_in_its_backward() -> None:
     shared = (q, q, k, k, q, dense((2, 4, 8), torch.float32), None, True, None, True)
     assert workspace("moai.sdpa_backward.default", own) == 0
     assert workspace("moai.sdpa_backward.default", shared) == 4 * q.nbytes
+
+
+def test_a_product_copies_factors_whose_batch_dims_are_not_one() -> None:
+    heads_first, heads_last = (
+        Laid((2, 4, 8, 16), stride, torch.float32) for stride in [(512, 128, 16, 1), (512, 16, 64, 1)]
+    )
+    assert workspace("moai.matmul.default", (heads_first, heads_first)) == 0
+    assert workspace("moai.matmul.default", (heads_first, heads_last)) == heads_last.nbytes
 
 
 # ---------------------------------------------------------------------- layouts

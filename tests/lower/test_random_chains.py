@@ -50,6 +50,15 @@ def _product(t: Tensor, r: random.Random) -> Tensor:
     return t @ t.transpose(-1, -2) if t.dim() == 3 else t * 2
 
 
+def _batched_product(t: Tensor, r: random.Random) -> Tensor:
+    """Batch dims are flattened, and perhaps taken apart again."""
+    if t.dim() < 4:
+        return t
+    flat = t.flatten(0, 1)
+    found = (torch.bmm(flat, flat.transpose(1, 2) * 2) + 1).softmax(-1)
+    return found if r.random() < 0.3 else found.unflatten(0, t.shape[:2])
+
+
 ONE: list[Callable[[Tensor, random.Random], Any]] = [
     lambda t, r: t.tanh(),
     lambda t, r: t * 0.5 + 1,
@@ -83,6 +92,7 @@ ONE: list[Callable[[Tensor, random.Random], Any]] = [
     _regrouped,
     _sliced,
     _product,
+    _batched_product,
 ]
 TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda a, b: a + b,

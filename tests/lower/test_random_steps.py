@@ -57,11 +57,12 @@ def attention(take: Take, r: random.Random, ids: Tensor, y: Tensor) -> Tensor:
         x = _normed(take, r, h)
         parts = [heads * 4, key_heads * 4, key_heads * 4]
         if r.random() < 0.5 and key_heads == heads:
-            q, k, v = F.linear(x, take(sum(parts), width), take(sum(parts))).chunk(3, -1)
+            fused = F.linear(x, take(sum(parts), width), take(sum(parts)))
+            q, k, v = r.choice([_chunks, _fused_view, _fused_view_of_heads])(fused, heads)
         else:
             q, k, v = (F.linear(x, take(n, width)) for n in parts)
         q, k, v = (t.reshape(b, s, -1, 4).transpose(1, 2) for t in (q, k, v))
-        mixed = Attention.apply(q, k, v).transpose(1, 2).reshape(b, s, -1)
+        mixed = r.choice([Attention.apply, _eager, _flattened])(q, k, v).transpose(1, 2).reshape(b, s, -1)
         h = h + F.linear(mixed, take(width, heads * 4), take(width) if r.random() < 0.3 else None)
         if r.random() < 0.6:
             h = h + F.linear(F.silu(F.linear(h, take(17, width))) * F.linear(h, take(17, width)), take(width, 17))
@@ -69,6 +70,31 @@ def attention(take: Take, r: random.Random, ids: Tensor, y: Tensor) -> Tensor:
         logits = F.linear(_normed(take, r, h), table)
         return F.cross_entropy(logits.flatten(0, 1), (y[:, None] + ids).flatten() % vocabulary, ignore_index=2)
     return _loss(take, r, h.mean(1), y)
+
+
+def _chunks(fused: Tensor, heads: int) -> Sequence[Tensor]:
+    return fused.chunk(3, -1)
+
+
+def _fused_view(fused: Tensor, heads: int) -> Sequence[Tensor]:
+    return fused.unflatten(-1, (3, heads, -1)).permute(2, 0, 1, 3, 4).unbind(0)
+
+
+def _fused_view_of_heads(fused: Tensor, heads: int) -> Sequence[Tensor]:
+    return fused.unflatten(-1, (heads, 3, -1)).unbind(3)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return ((q @ k.transpose(2, 3)) * 0.5).softmax(-1) @ v
+
+
+def _flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).reshape(q.shape) for t in (k, v))
+    first, second, third = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+    bias = first.new_full((q.shape[2],) * 2, -2.0).triu(1)[None]
+    scores = torch.baddbmm(bias, first, second.transpose(1, 2), alpha=0.5).softmax(-1)
+    return torch.bmm(scores, third).view(q.shape)
 
 
 def images(take: Take, r: random.Random, x: Tensor, y: Tensor) -> Tensor:

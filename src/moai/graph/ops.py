@@ -24,6 +24,9 @@ _lib.define(
     " float? scale, bool enable_gqa) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
+# aten.bmm with any number of batch dims, the same of both: [..., M, K] times [..., K, N].
+_lib.define("matmul(Tensor self, Tensor other) -> Tensor")
+
 # Random numbers: rows [start, start + size[0]) of a tensor whose row r depends on (seed, start + r) alone, so that
 # every split along dim 0 draws the same numbers. kind: uniform [a, b), normal (mean a, std b), bernoulli (p = a),
 # randint [a, b), exponential (rate a).
@@ -137,6 +140,10 @@ def _fill(row: torch.Tensor, kind: str, a: float, b: float, gen: torch.Generator
         raise ValueError(f"unknown kind of random numbers: {kind!r}")
 
 
+def _matmul(self, other):
+    return torch.bmm(self.flatten(0, -3), other.flatten(0, -3)).unflatten(0, self.shape[:-2])
+
+
 def _random(size, kind, a, b, seed, start, dtype):
     return random_rows(size, kind, a, b, seed, start, dtype, torch.device("cpu"))
 
@@ -197,5 +204,6 @@ for _name, _fn in {
     _lib.impl(_name, _fn, "CUDA")
 _lib.impl("sdpa", _sdpa_meta, "Meta")
 _lib.impl("sdpa_backward", _sdpa_backward_meta, "Meta")
+_lib.impl("matmul", _matmul, "CompositeExplicitAutograd")
 _lib.impl("random", _random, "CompositeExplicitAutograd")
 _lib.impl("randperm", _randperm, "CompositeExplicitAutograd")

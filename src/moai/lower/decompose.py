@@ -146,7 +146,8 @@ def _split_dims(placement: Placement) -> set[int]:
     return {s.dim for s in placement.shards}
 
 
-def _times(build: Builder, x: Ref, number: Any) -> Ref:
+def times(build: Builder, x: Ref, number: Any) -> Ref:
+    """`x` times a number, as a new node if that changes anything."""
     return x if number == 1 else build(aten.mul.Scalar, x, number)
 
 
@@ -164,8 +165,8 @@ def plus_product(build: Builder, placements: Sequence[Placement]) -> None:
     if rank - 1 not in _split_dims(left) and row not in _split_dims(right):
         return
     bias, a, b = (call[n] for n in call.input_names)
-    found = _times(build, build(product, a, b), call["alpha"])
-    build(aten.add.Tensor, found, _times(build, bias, call["beta"]), out=call.node.outs)
+    found = times(build, build(product, a, b), call["alpha"])
+    build(aten.add.Tensor, found, times(build, bias, call["beta"]), out=call.node.outs)
 
 
 def accumulate(build: Builder, placements: Sequence[Placement]) -> None:

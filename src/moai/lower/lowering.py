@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from moai.graph.placement import TIME, Mesh, Placement
 from moai.graph.step_graph import Origin, Ref, StepGraph, TensorType, flat_ids, refs
+from moai.lower.batches import with_batch_dims
 from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
 from moai.lower.check import check
@@ -95,6 +96,8 @@ def _lowered(
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
     values = Values(types, mesh)
+    if plan.tp > 1:
+        nodes = with_batch_dims(nodes, values, outputs)
     split = tensor_parallel(nodes, values, graph, plan)
     arriving = arrivals(graph, plan, mesh, given, split.inputs)
     placer = _placer(graph, plan, values, split, arriving)

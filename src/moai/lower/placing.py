@@ -29,13 +29,16 @@ from moai.graph.rules.dims import (
     left_maximal,
     left_partial,
     legal,
+    meet,
     placement_of,
     split_for,
 )
 from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.linear import adds_a_number, keeps_partial
+from moai.graph.rules.views import reshape_inside
 from moai.graph.step_graph import Node, Origin, Ref, TensorType, flat_ids, map_args
 from moai.lower.decompose import decompose
+from moai.lower.dim_classes import PRODUCTS
 from moai.lower.lanes import Lane, lanes_of
 from moai.lower.localise import localised
 from moai.lower.moving import moved, next_placement
@@ -192,7 +195,8 @@ class Placer:
                 self.add(part)
             return None
         dims = self._dims(call)
-        splits = () if dims is None else choose(dims, call.inputs, call.outputs, placements)
+        lying = self._weights_first(call, placements)
+        splits = () if dims is None else choose(dims, call.inputs, call.outputs, lying)
         if dims is not None:
             splits = self._to_their_shards(call, dims, splits)
         if dims is None or not splits:
@@ -226,6 +230,21 @@ class Placer:
         shapes = (self._values.local_shape(out),)
         self._append(Instruction(str(aten.mul.Scalar), (Ref(id_), once), {}, out, (), shapes, origin.where))
         return out
+
+    def _weights_first(self, call: Call, placements: list[Placement]) -> list[Placement]:
+        """How the inputs may go on lying: a sequence is gathered where it is flattened, and where parts of it meet
+        parts of heads or of a layer's width in a product."""
+        flattens = call.op is aten.reshape.default and len(call.outputs[0].shape) < len(call.inputs[0].shape)
+        if not flattens and call.op not in PRODUCTS:
+            return placements
+        over_tp = [p.shard_of("tp") for p in placements]
+        along = [s is not None and s in self._wishes.get(i, ()) for i, s in zip(call.input_ids, over_tp, strict=True)]
+        if not flattens and all(s is None or a for s, a in zip(over_tp, along, strict=True)):
+            return placements
+        return [
+            replace(p, shards=tuple(s for s in p.shards if s != part)) if a else p
+            for p, part, a in zip(placements, over_tp, along, strict=True)
+        ]
 
     def _to_their_shards(self, call: Call, dims: Dims, splits: tuple[Split, ...]) -> tuple[Split, ...]:
         """Where a gradient would be left in terms over "tp" although its weight is split over it: the gradient's part
@@ -263,9 +282,21 @@ class Placer:
         self.code.append(Instruction("all_reduce", args, {}, node.outs, (), shapes, node.origin.where))
 
     def _dims(self, call: Call) -> Dims | None:
+        if call.op is aten.reshape.default:
+            return reshape_inside(call, self._inside)
         into_zeros = INTO_ZEROS.get(call.op)
         rule = into_zeros if into_zeros and self._values.is_zero(call["self"].id) else rule_of(call.op)
         return None if rule is None else rule(call)
+
+    def _inside(self, id_: int, dim: int) -> bool:
+        """Whether a reshape is to be split over an inner loop of the dim: where tensor parallelism wants it, where the
+        value lies so already, and where samples are not the first dim."""
+        if self._values.is_split_inside(id_, dim):
+            return True
+        for shard in self._values.shards(id_):
+            if shard.dim == dim:
+                return shard.blocks > 1 or (dim > 0 and set(shard.axes) <= set(self._batch_axes))
+        return False
 
     def _stays_partial(
         self,
@@ -377,6 +408,8 @@ class Placer:
         if any(s is None or (s.blocks > 1 and dims.starts) for s in splits):
             return None
         chosen = tuple(s for s in splits if s is not None)
+        if meet(dims, chosen):
+            return None
         ids = [
             self.placed(i, placement_of(f, chosen), node.origin)
             for i, f in zip(call.input_ids, dims.inputs, strict=True)

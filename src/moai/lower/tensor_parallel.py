@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from moai.graph.placement import Shard, split_evenly
-from moai.graph.step_graph import Input, Node, StepGraph
+from moai.graph.step_graph import Input, Node, StepGraph, TensorType
 from moai.lower.dim_classes import DimClass, dim_classes
 from moai.lower.heads import own_key_heads
 from moai.lower.part_forms import part_forms
@@ -59,8 +59,13 @@ def tensor_parallel(nodes: list[Node], values: Values, graph: StepGraph, plan: P
     states = _states(graph, values)
     all_parts = [part for n in nodes for part in in_parts.get(id(n), (n,))]
     classes = dim_classes(all_parts, values.types)
-    chosen = _chosen(classes, states, values, plan.tp)
+    data = {(i.id, d) for i in graph.inputs if i.batch for d in range(_data_dims(values.types[i.id]))}
+    chosen = _chosen([c for c in classes if data.isdisjoint(c.dims)], states, values, plan.tp)
     split = {dim for c in chosen for dim in c.dims}
+    for c in chosen:
+        for dim, runs in c.dims.items():
+            if runs > 1:
+                values.mark_split_inside(*dim)
     kept = {id(f.node) for f in forms if (f.value, f.dim) in split}
     nodes = [part for n in nodes for part in (in_parts[id(n)] if id(n) in kept else (n,))]
     shards = {i: (s,) for c in chosen for i, s in _shards(c, states, values, plan.tp).items()}
@@ -81,6 +86,11 @@ def _states(graph: StepGraph, values: Values) -> dict[int, int]:
     }
 
 
+def _data_dims(type_: TensorType) -> int:
+    """How many dims of a batch input samples and tokens run along: these are the plan's to split over other axes."""
+    return min(len(type_.shape), 1) if type_.dtype.is_floating_point else len(type_.shape)
+
+
 def _along_the_sequence(classes: Sequence[DimClass], inputs: Sequence[Input], values: Values, tp: int) -> Wishes:
     """Shards along the dim that goes with the second one of the batch's token numbers."""
     tokens = {
@@ -91,9 +101,8 @@ def _along_the_sequence(classes: Sequence[DimClass], inputs: Sequence[Input], va
     for c in classes:
         if not tokens.isdisjoint(c.dims):
             for (id_, dim), runs in c.dims.items():
-                length = values.types[id_].shape[dim]
-                if runs == 1 and length >= tp:
-                    found[id_] = (Shard(dim, ("tp",), split_evenly(length, tp)),)
+                if runs == 1 and c.steps >= tp:
+                    found[id_] = (_shard(c, id_, dim, values, tp),)
     return found
 
 
@@ -110,7 +119,8 @@ def _chosen(classes: Sequence[DimClass], states: dict[int, int], values: Values,
         nbytes = sum(weights(c).values())
         # An input whose dims meet in one class cannot be split along both.
         once = len(weights(c)) == sum(i in states for i, _ in c.dims)
-        if nbytes and once and not c.bound and c.steps >= tp and (c.multiplied or nbytes > _WORTH_IT * total):
+        worth_it = c.multiplied or nbytes > _WORTH_IT * total
+        if nbytes and once and worth_it and not c.bound and c.steps >= tp and _sums_less_than_it_spreads(c, values):
             candidates.append((c.terms / nbytes, c))
     taken: set[int] = set()
     found = []
@@ -121,14 +131,20 @@ def _chosen(classes: Sequence[DimClass], states: dict[int, int], values: Values,
     return found
 
 
+def _sums_less_than_it_spreads(c: DimClass, values: Values) -> bool:
+    """The width of a head is no class to split: all scores would have to be summed."""
+    return c.terms <= sum(values.types[i].nbytes for i, _ in c.dims)
+
+
 def _shards(c: DimClass, states: dict[int, int], values: Values, tp: int) -> dict[int, Shard]:
-    steps = split_evenly(c.steps, tp)
-    found = {}
-    for (id_, dim), runs in c.dims.items():
-        if id_ in states:
-            unit = values.types[id_].shape[dim] // runs // c.steps
-            found[id_] = Shard(dim, ("tp",), tuple(s * unit for s in steps), runs)
-    return found
+    return {id_: _shard(c, id_, dim, values, tp) for id_, dim in c.dims if id_ in states}
+
+
+def _shard(c: DimClass, id_: int, dim: int, values: Values, tp: int) -> Shard:
+    """How dim `dim` of value `id_`, a member of `c`, lies where that is split."""
+    runs = c.dims[id_, dim]
+    unit = values.types[id_].shape[dim] // runs // c.steps
+    return Shard(dim, ("tp",), tuple(s * unit for s in split_evenly(c.steps, tp)), runs)
 
 
 def _check_heads(nodes: Sequence[Node], values: Values, plan: Plan) -> None:

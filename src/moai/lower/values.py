@@ -20,6 +20,7 @@ class Values:
         self.types = dict(enumerate(types))
         self._placements: dict[int, Placement] = {}
         self._zeros: set[int] = set()
+        self._split_inside: set[tuple[int, int]] = set()
         self._next = len(types)
 
     def new(self, type_: TensorType | None = None, placement: Placement | None = None) -> int:
@@ -38,6 +39,11 @@ class Values:
     def type(self, id_: int) -> TensorType:
         return self.types[id_]
 
+    def shards(self, id_: int) -> tuple[Shard, ...]:
+        """Those of the value's placement; none while it has not been placed."""
+        placement = self._placements.get(id_)
+        return () if placement is None else placement.shards
+
     def placement(self, id_: int) -> Placement:
         return self._placements[id_]
 
@@ -47,6 +53,13 @@ class Values:
     def is_zero(self, id_: int) -> bool:
         """Whether the value is known to hold nothing but zeros."""
         return id_ in self._zeros
+
+    def mark_split_inside(self, id_: int, dim: int) -> None:
+        self._split_inside.add((id_, dim))
+
+    def is_split_inside(self, id_: int, dim: int) -> bool:
+        """Whether it is an inner loop of the dim that is to be split, where it is made of several."""
+        return (id_, dim) in self._split_inside
 
     def varies(self, id_: int) -> bool:
         """Whether the value is another one in each pass of the loop over micro-batches."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ def _product(*tensors: Any) -> int:
     return sum(x.nbytes for x in halves if x.stride[-1] != 1)
 
 
+def _batched_product(*tensors: Laid) -> int:
+    """Factors whose batch dims cannot be seen as one are copied."""
+    return sum(x.nbytes for x in tensors if not _flattens(x)) + _product(*tensors)
+
+
+def _flattens(x: Laid) -> bool:
+    batch = [(s, n) for s, n in zip(x.stride[:-2], x.shape[:-2], strict=True) if n != 1]
+    return all(outer == inner * n for (outer, _), (inner, n) in pairwise(batch))
+
+
 def _sum(x: Laid, *_: Any) -> int:
     """Halves are added up in float32, all of them cast at first."""
     return 2 * x.nbytes if x.dtype.itemsize == 2 and x.dtype.is_floating_point else 0
@@ -78,6 +89,7 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
     "aten.mm.default": _product,
     "aten.mm.out": _product,
     "aten.addmm.default": _product,
+    "moai.matmul.default": _batched_product,
     "aten.native_dropout_backward.default": _dropout_backward,
     **{f"aten.{name}.Tensor": _mixed for op in ("add", "sub", "mul", "div") for name in (op, f"{op}_")},
 }

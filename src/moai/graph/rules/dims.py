@@ -11,9 +11,11 @@ that fit how the inputs already lie.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +40,15 @@ class Blocked:
     blocks: int
 
 
-DimFactors = tuple[Any, ...]  # an entry a dim: a factor's name (any other hashable), a Unit, a Blocked, or None
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A dim that runs over several factors, each of them once for every step of those before it: [3, H, E] flattened.
+    `loops` are these with their lengths (a factor of None cannot be split). A dim is split over one loop at a time."""
+
+    loops: tuple[tuple[Hashable | None, int], ...]
+
+
+DimFactors = tuple[Any, ...]  # an entry a dim: a factor's name (any other hashable), a Unit, Blocked, Nested, or None
 
 
 @dataclass(frozen=True)
@@ -72,15 +82,13 @@ class Split:
 
     def shard(self, dim: int, entry: Any) -> Shard | None:
         """How a dim that runs over `entry` lies, or None if the split leaves it whole."""
-        if entry is None:
-            return None
-        factor, unit, blocks = _parts(entry)
-        if factor != self.factor:
-            return None
-        return Shard(dim, self.axes, scaled(self.sizes, unit), self.blocks * blocks)
+        for factor, unit, blocks in _parts(entry):
+            if factor == self.factor:
+                return Shard(dim, self.axes, scaled(self.sizes, unit), self.blocks * blocks)
+        return None
 
     def runs_over(self, dims: DimFactors) -> bool:
-        return any(entry is not None and _parts(entry)[0] == self.factor for entry in dims)
+        return any(factor == self.factor for entry in dims for factor, _, _ in _parts(entry))
 
 
 Splits = tuple[Split, ...]
@@ -161,28 +169,63 @@ def steps(sizes: tuple[int, ...], unit: int) -> tuple[int, ...] | None:
     return sizes if unit == 1 else tuple(s // unit for s in sizes)
 
 
-def _parts(entry: Any) -> tuple[Hashable, int, int]:
-    """Factor, entries a step, blocks."""
-    if isinstance(entry, Unit):
-        return entry.factor, entry.size, 1
-    return (entry.factor, 1, entry.blocks) if isinstance(entry, Blocked) else (entry, 1, 1)
+def _parts(entry: Any) -> Sequence[tuple[Hashable, int, int]]:
+    """The factors that a dim with this entry runs over, each with its entries a step and its blocks."""
+    if entry is None:
+        return ()
+    kind = type(entry)
+    if kind is Unit:
+        return ((entry.factor, entry.size, 1),)
+    if kind is Blocked:
+        return ((entry.factor, 1, entry.blocks),)
+    return _parts_of_nested(entry) if kind is Nested else ((entry, 1, 1),)
 
 
-def factor_of(entry: Any) -> Hashable:
-    """The factor that a dim with this entry runs over (None: none)."""
-    return None if entry is None else _parts(entry)[0]
+@lru_cache(maxsize=4096)
+def _parts_of_nested(entry: Nested) -> tuple[tuple[Hashable, int, int], ...]:
+    lengths = [length for _, length in entry.loops]
+    around = [(math.prod(lengths[k + 1 :]), math.prod(lengths[:k])) for k in range(len(lengths))]
+    return tuple((f, unit, blocks) for (f, _), (unit, blocks) in zip(entry.loops, around, strict=True) if f is not None)
+
+
+def factors_of(entry: Any) -> list[Hashable]:
+    """The factors that a dim with this entry runs over."""
+    return [factor for factor, _, _ in _parts(entry)]
+
+
+@lru_cache(maxsize=4096)
+def common_loops(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The fewest lengths, outermost first, such that neighbours among them multiply to the lengths of `one`, and to
+    those of `other`. None where these cross: 2 times 3 entries are not 3 times 2."""
+    if math.prod(one) != math.prod(other):
+        return None
+    cuts = sorted({math.prod(lengths[k:]) for lengths in (one, other) for k in range(len(lengths) + 1)}, reverse=True)
+    if any(outer % inner for outer, inner in pairwise(cuts)):
+        return None
+    return tuple(outer // inner for outer, inner in pairwise(cuts))
+
+
+def shared_out(loops: Sequence[Any], lengths: Sequence[int], of: Sequence[int]) -> list[list[Any]]:
+    """`loops`, which have `lengths`, in runs of neighbours: those of each length in `of`."""
+    found: list[list[Any]] = []
+    left = iter(zip(loops, lengths, strict=True))
+    for whole in of:
+        run, n = [], 1
+        while n < whole:
+            loop, length = next(left)
+            run.append(loop)
+            n *= length
+        found.append(run)
+    return found
 
 
 def split_for(dims: DimFactors, shard: Shard) -> Split | None:
     """The split of a factor that makes a tensor whose dims run over `dims` lie as `shard`, if there is one."""
-    entry = dims[shard.dim]
-    if entry is None:
-        return None
-    factor, unit, blocks = _parts(entry)
-    if shard.blocks % blocks:
-        return None
-    sizes = steps(shard.sizes, unit)
-    return None if sizes is None else Split(factor, shard.axes, sizes, shard.blocks // blocks)
+    for factor, unit, blocks in _parts(dims[shard.dim]):
+        sizes = None if shard.blocks % blocks else steps(shard.sizes, unit)
+        if sizes is not None:
+            return Split(factor, shard.axes, sizes, shard.blocks // blocks)
+    return None
 
 
 def choose(
@@ -200,18 +243,28 @@ def choose(
                 votes[split] = votes.get(split, 0) + type_.nbytes
     if len(votes) < 2:
         return tuple(votes)
-    return _compatible(votes)
+    return _compatible(dims, votes)
 
 
-def _compatible(votes: dict[Split, int]) -> Splits:
-    """The heaviest splits that can go together: a factor is cut once, an axis cuts once."""
+def _compatible(dims: Dims, votes: dict[Split, int]) -> Splits:
+    """The heaviest splits that can go together: a factor is cut once, an axis cuts once, and a dim is."""
     chosen: list[Split] = []
     # A finer cut of the same parts comes first: the coarser one is brought to it for nothing.
     finer = {s: any(_refines(f, s) for f in votes) for s in votes}
     for split in sorted(votes, key=lambda s: (finer[s], -votes[s])):
-        if all(c.factor != split.factor and not set(c.axes) & set(split.axes) for c in chosen):
+        apart = all(c.factor != split.factor and not set(c.axes) & set(split.axes) for c in chosen)
+        if apart and not meet(dims, (*chosen, split)):
             chosen.append(split)
     return tuple(chosen)
+
+
+def meet(dims: Dims, splits: Splits) -> bool:
+    """Whether several of `splits` would cut one dim."""
+    return any(
+        type(entry) is Nested and sum(s.runs_over((entry,)) for s in splits) > 1
+        for factors in (*dims.inputs, *dims.outputs)
+        for entry in factors
+    )
 
 
 def _refines(fine: Split, coarse: Split) -> bool:

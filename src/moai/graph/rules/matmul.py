@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moai.graph.rules.dims import Call, Dims, Rule
+from moai.graph.rules.dims import Call, DimFactors, Dims, Rule, Unit
+from moai.graph.step_graph import TensorType
 
 aten = torch.ops.aten
 
@@ -32,9 +33,38 @@ def plus_product(equation: str) -> Rule:
     return rule
 
 
+def matmul(call: Call) -> Dims:
+    lead = tuple(range(len(call.inputs[0].shape) - 2))
+    return Dims(((*lead, "m", "k"), (*lead, "k", "n")), ((*lead, "m", "n"),), summed=frozenset("k"))
+
+
+_KERNEL_WIDTH = 16  # grouped products take rows of as many bytes only, or multiples
+
+# By the ranks of both factors: the groups are rows, columns, parts of what is summed over, or a dim of both.
+_GROUPED = {(2, 3): "gk,ekn->gn", (3, 2): "emk,kg->mg", (2, 2): "mg,gn->emn", (3, 3): "emk,ekn->emn"}
+
+
+def grouped(call: Call) -> Dims | None:
+    """Products of groups, of experts as a rule, each with a matrix of its own: split along what is not grouped."""
+    if call["bias"] is not None or call["out_dtype"] is not None:
+        return None
+    left, right = _GROUPED[len(call.inputs[0].shape), len(call.inputs[1].shape)].split("->")
+    width = _KERNEL_WIDTH // call.inputs[0].dtype.itemsize
+
+    def dims(term: str, tensor: TensorType) -> DimFactors:
+        lengths = zip(term, tensor.shape, strict=True)
+        return tuple(Unit(f, width) if f in "mkn" and length % width == 0 else None for f, length in lengths)
+
+    factors = tuple(map(dims, left.split(","), call.inputs))
+    groups = ((None,),) * (len(call.inputs) - 2)
+    return Dims((*factors, *groups), (dims(right, call.outputs[0]),), summed=frozenset("k"))
+
+
 RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.mm.default: einsum("mk,kn->mn"),
     aten.bmm.default: einsum("bmk,bkn->bmn"),
+    torch.ops.moai.matmul.default: matmul,
+    aten._grouped_mm.default: grouped,
     aten.mv.default: einsum("mk,k->m"),
     aten.dot.default: einsum("k,k->"),
     aten.vdot.default: einsum("k,k->"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 
-from moai.graph.rules.dims import Blocked, Call, DimFactors, Dims, Rule, Unit
+from moai.graph.rules.dims import Blocked, Call, DimFactors, Dims, Nested, Rule, Unit, common_loops, shared_out
 from moai.graph.rules.pointwise import broadcast
 
 aten = torch.ops.aten
+
+Shape = tuple[int, ...]
 
 
 def _own(rank: int) -> tuple[int, ...]:
@@ -53,18 +57,62 @@ def reshape(call: Call) -> Dims | None:
 
     `lower` brings every view by sizes into the form of aten.reshape first.
     """
+    return _along_first_dims(call.inputs[0].shape, call.outputs[0].shape)
+
+
+def reshape_inside(call: Call, inside: Callable[[int, int], bool]) -> Dims | None:
+    """As `reshape`, but where `inside` is true of a value and its dim, along every loop that this dim is made of:
+    [3*H*E] is split as the H of [3, H, E] is."""
     before, after = call.inputs[0].shape, call.outputs[0].shape
+    plain = _along_first_dims(before, after)
+    ids = call.input_ids[0], call.node.outs
+    if plain is None or not any(inside(i, d) for i, s in zip(ids, (before, after), strict=True) for d in range(len(s))):
+        return plain
+    source, result = list(plain.inputs[0]), list(plain.outputs[0])
+    for name, (a, b) in enumerate(groups(before, after)):
+        loops = None if len(a) == len(b) == 1 else _loops(call, inside, name, a, b)
+        if loops is None:
+            continue
+        for dims, entries, shape in ((a, source, before), (b, result, after)):
+            for d, own in zip(dims, shared_out(loops, [n for _, n in loops], [shape[d] for d in dims]), strict=True):
+                entries[d] = Nested(tuple(own)) if len(own) > 1 else own[0][0]
+    return Dims((tuple(source),), (tuple(result),), sizes={"shape": tuple(result)})
+
+
+@lru_cache(maxsize=4096)
+def _along_first_dims(before: Shape, after: Shape) -> Dims | None:
     if 0 in before:
         return None
-    source: list[Unit | None] = [None] * len(before)
-    result: list[Unit | None] = [None] * len(after)
+    source: list[Any] = [None] * len(before)
+    result: list[Any] = [None] * len(after)
     for name, (a, b) in enumerate(groups(before, after)):
+        if len(a) == len(b) == 1:
+            source[a[0]] = result[b[0]] = name
+            continue
         inner_a = math.prod(before[d] for d in a[1:])
         inner_b = math.prod(after[d] for d in b[1:])
         common = math.gcd(inner_a, inner_b)
         source[a[0]] = Unit(name, inner_b // common)
         result[b[0]] = Unit(name, inner_a // common)
     return Dims((tuple(source),), (tuple(result),), sizes={"shape": tuple(result)})
+
+
+def _loops(
+    call: Call, inside: Callable[[int, int], bool], name: int, a: list[int], b: list[int]
+) -> list[tuple[Any, int]] | None:
+    """The loops of a group with their lengths; those that are in no dim of which `inside` is true have no factor."""
+    sides = ((call.input_ids[0], a, call.inputs[0].shape), (call.node.outs, b, call.outputs[0].shape))
+    marked = [(dims, shape, [inside(id_, d) for d in dims]) for id_, dims, shape in sides]
+    if not any(any(marks) for _, _, marks in marked):
+        return None
+    lengths = common_loops(tuple(marked[0][1][d] for d in a), tuple(marked[1][1][d] for d in b))
+    if lengths is None:
+        return None
+    free: set[int] = set()
+    for dims, shape, marks in marked:
+        for own, mark in zip(shared_out(range(len(lengths)), lengths, [shape[d] for d in dims]), marks, strict=True):
+            free.update(own if mark else ())
+    return [((name, k) if k in free else None, length) for k, length in enumerate(lengths)]
 
 
 def permute(call: Call) -> Dims:
