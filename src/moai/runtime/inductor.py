@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
+from moai.lower import cache
 from moai.lower.cleanup import uses
 from moai.lower.program import Instruction
 from moai.lower.regions import Region, is_plain_view
@@ -38,10 +39,9 @@ _NICE = 10
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where compiled code is kept: TORCHINDUCTOR_CACHE_DIR, or else moai/inductor in $XDG_CACHE_HOME (~/.cache)."""
-    if theirs := environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        return Path(theirs)
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai" / "inductor"
+    """Where compiled code is kept: TORCHINDUCTOR_CACHE_DIR, or else with what else we keep."""
+    theirs = environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(theirs) if theirs else cache.home(environ) / "inductor"
 
 
 @dataclass(frozen=True, slots=True)
