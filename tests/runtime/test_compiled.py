@@ -238,6 +238,44 @@ def test_what_dies_in_a_region_is_gone_behind_it(fake: Fake, said: list[str]) ->
     assert all(gone) and fake.called == 3
 
 
+def gated() -> Program:
+    """The second region computes again what the first one makes."""
+    square = ((4, 4),)
+    return program(
+        1,
+        [slot(0, f32(4, 4)), slot(1, f32(4, 4))],
+        [slot(6, f32(4, 4))],
+        op("aten.silu.default", Ref(0), outs=2, shapes=square),
+        op("aten.mul.Tensor", Ref(2), Ref(1), outs=3, shapes=square),
+        op("aten.mm.default", Ref(3), Ref(1), outs=4, frees=(3,), shapes=square),
+        op("aten.mul.Tensor", Ref(4), Ref(2), outs=5, frees=(2, 4), shapes=square),
+        op("aten.mul.Tensor", Ref(5), Ref(0), outs=6, frees=(5,), shapes=square),
+    )
+
+
+def test_what_is_computed_again_is_not_put_out(fake: Fake, said: list[str]) -> None:
+    first, *others = outputs_of(executor(gated(), said), torch.randn(4, 4), torch.randn(4, 4))
+    assert all(torch.equal(y, first) for y in others) and not said
+    makes, reads = fake.compiled
+    assert makes.region.outputs == (3,) and reads.region.again == (0,)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_region_may_fail_though_another_counts_on_it(
+    broken: int, fake: Fake, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled_but_one(body: Body, layouts: Sequence[Layout], device: torch.device):
+        if len(fake.compiled) == broken:
+            fake.compiled.append(body)
+            raise RuntimeError("too hard")
+        return fake(body, layouts, device)
+
+    monkeypatch.setattr(inductor, "_compiled", compiled_but_one)
+    first, *others = outputs_of(executor(gated(), said), torch.randn(4, 4), torch.randn(4, 4))
+    assert all(torch.equal(y, first) for y in others)
+    assert fake.called == 2 and len(said) == 1
+
+
 def test_a_region_that_fails_is_named(fake: Fake, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     e = executor(layers(2), said)
     outputs_of(e, torch.randn(4, 4))
