@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moai.graph.step_graph import Ref
+from moai.graph.step_graph import Ref, TensorType
 from moai.lower.program import Program
 from moai.runtime import compiled, inductor
 from moai.runtime.accelerator import Accelerator
@@ -189,6 +189,23 @@ def test_code_that_gives_other_numbers_is_left_out_and_that_is_said(
     assert all(torch.equal(y, first) for y in others)
     (text,) = said
     assert "other numbers" in text and "MOAI_COMPILE=never" in text
+
+
+@pytest.mark.parametrize(("through", "accepted"), [(torch.float32, True), (torch.float64, False)])
+def test_what_goes_through_coarser_floats_may_differ_more(
+    through: torch.dtype, accepted: bool, monkeypatch: pytest.MonkeyPatch, fake: Fake, said: list[str]
+) -> None:
+    monkeypatch.setattr(inductor, "_compiled", Fake(off=1e-6))
+    f64 = TensorType((4,), torch.float64)
+    p = program(
+        1,
+        [slot(0, f64)],
+        [slot(2, f64)],
+        op("aten._to_copy.default", Ref(0), outs=1, shapes=((4,),), dtype=through),
+        op("aten._to_copy.default", Ref(1), outs=2, frees=(1,), shapes=((4,),), dtype=torch.float64),
+    )
+    outputs_of(executor(p, said), torch.ones(4, dtype=torch.float64))
+    assert bool(said) is not accepted
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_that_is_said_once(

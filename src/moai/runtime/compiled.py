@@ -51,9 +51,10 @@ class CompiledRegion:
     def __init__(self, body: Body, layouts: Sequence[Layout], function: Function | None, compiler: Compiler) -> None:
         self._body = body
         self._strides = [x.stride for x in layouts]
+        self._rounding = body.rounding(layouts)
         self._function = function
         self._compiler = compiler
-        self._tried = False
+        self._tried = body.is_product  # a library's function needs no proof
 
     def __call__(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         function = self._function
@@ -75,7 +76,8 @@ class CompiledRegion:
         plain = body(inputs)
         kept = [at for at, i in enumerate(names) if i in body.kept]
         found = [*compiled, *(copies[at] for at in kept)]
-        if not apart or not all(map(_close, found, [*plain, *(inputs[at] for at in kept)])):
+        expected = [*plain, *(inputs[at] for at in kept)]
+        if not apart or not all(_close(a, b, self._rounding) for a, b in zip(found, expected, strict=True)):
             self._compiler.complain("Compiled code gave other numbers than the operators that it stands for")
             self._function = None
         self._tried = True
@@ -88,8 +90,8 @@ def _share_no_memory(tensors: Sequence[torch.Tensor], n: int) -> bool:
     return all(counts[_address(x)] <= 1 for x in tensors[:n])
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `a` is `b` but for rounding, measured by the largest entry. What is not a float has to be equal."""
+def _close(a: torch.Tensor, b: torch.Tensor, rounding: float) -> bool:
+    """Whether `a` is `b` but for `rounding`, measured by the largest entry. What is not a float has to be equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not b.dtype.is_floating_point or not b.numel():
@@ -98,7 +100,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not torch.equal(usual, a.isfinite()):
         return False
     error, size = ((a - b).where(usual, 0.0).abs().max(), b.where(usual, 0.0).abs().max())
-    return bool(error <= size * torch.finfo(b.dtype).eps ** 0.5)
+    return bool(error <= size * max(rounding, torch.finfo(b.dtype).eps) ** 0.5)
 
 
 def _address(x: torch.Tensor) -> int:

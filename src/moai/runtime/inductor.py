@@ -71,6 +71,18 @@ class Body:
         self.kept = self.overwritten.difference(region.frees)
         self.is_product = len(code) == 1 and is_product(code[0])
 
+    def rounding(self, layouts: Sequence[Layout]) -> float:
+        """The relative rounding error of the coarsest floats that are computed with."""
+        named: set[torch.dtype] = {x.dtype for x in layouts}
+
+        def note(leaf: Any) -> None:
+            if isinstance(leaf, torch.dtype):
+                named.add(leaf)
+
+        for call, _ in self._steps:
+            map_args((call.args, call.kwargs), note)
+        return max((torch.finfo(dtype).eps for dtype in named if dtype.is_floating_point), default=0.0)
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The region's outputs, operator by operator. Overwrites `overwritten`."""
         values: dict[int, Any] = dict(zip(self.region.inputs, inputs, strict=True))
