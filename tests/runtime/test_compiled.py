@@ -191,6 +191,13 @@ def test_code_that_gives_other_numbers_is_left_out_and_that_is_said(
     assert "other numbers" in text and "MOAI_COMPILE=never" in text
 
 
+def test_large_results_are_compared_by_samples_of_every_column() -> None:
+    x = torch.arange(300.0).expand(400, 300)
+    sample = compiled._sample(x)
+    assert sample.numel() < x.numel() / 50
+    assert set(sample.tolist()) == set(range(300))
+
+
 @pytest.mark.parametrize(("through", "accepted"), [(torch.float32, True), (torch.float64, False)])
 def test_what_goes_through_coarser_floats_may_differ_more(
     through: torch.dtype, accepted: bool, monkeypatch: pytest.MonkeyPatch, fake: Fake, said: list[str]
