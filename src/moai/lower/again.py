@@ -74,7 +74,7 @@ class _Search:
     def consider(self, at: int, region: Region) -> None:
         """Drop what the instruction at `at` makes, if every reader of it can compute it again and that pays."""
         value = self._code[at].outs
-        if not isinstance(value, int) or value not in region.outputs or value in self._outputs:
+        if value not in region.outputs or value in self._outputs or value not in self._numel:
             return
         readers = self._reading_regions(value, region)
         if not readers:
@@ -103,7 +103,7 @@ class _Search:
         found.pop(maker, None)
         writes = self._writes[self._memory.find(value)]
         alone = next(iter(found)) if len(found) == 1 else None
-        if any(self._at.get(at) is not alone for at in writes):
+        if any(alone is None or self._at.get(at) is not alone for at in writes):
             return []
         return list(found)
 

@@ -1,6 +1,7 @@
 """Compiled regions: when a program's regions are compiled, and what stands for them then.
 
-In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions.
+In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions. A matrix product
+is a region of its own, for which another library's function may stand (`products`).
 
 A program starts as it is. Compiling begins, in the background, once compiled code would have saved by now what it
 costs: a program that has run for so long will probably run for as long again. MOAI_COMPILE=always compiles before the
