@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moai.graph.step_graph import Ref
+from moai.graph.step_graph import Ref, TensorType
 from moai.lower.program import Program
 from moai.runtime import compiled, inductor
 from moai.runtime.accelerator import Accelerator
@@ -191,6 +191,30 @@ def test_code_that_gives_other_numbers_is_left_out_and_that_is_said(
     assert "other numbers" in text and "MOAI_COMPILE=never" in text
 
 
+def test_large_results_are_compared_by_samples_of_every_column() -> None:
+    x = torch.arange(300.0).expand(400, 300)
+    sample = compiled._sample(x)
+    assert sample.numel() < x.numel() / 50
+    assert set(sample.tolist()) == set(range(300))
+
+
+@pytest.mark.parametrize(("through", "accepted"), [(torch.float32, True), (torch.float64, False)])
+def test_what_goes_through_coarser_floats_may_differ_more(
+    through: torch.dtype, accepted: bool, monkeypatch: pytest.MonkeyPatch, fake: Fake, said: list[str]
+) -> None:
+    monkeypatch.setattr(inductor, "_compiled", Fake(off=1e-6))
+    f64 = TensorType((4,), torch.float64)
+    p = program(
+        1,
+        [slot(0, f64)],
+        [slot(2, f64)],
+        op("aten._to_copy.default", Ref(0), outs=1, shapes=((4,),), dtype=through),
+        op("aten._to_copy.default", Ref(1), outs=2, frees=(1,), shapes=((4,),), dtype=torch.float64),
+    )
+    outputs_of(executor(p, said), torch.ones(4, dtype=torch.float64))
+    assert bool(said) is not accepted
+
+
 def test_what_cannot_be_compiled_runs_as_it_is_and_that_is_said_once(
     monkeypatch: pytest.MonkeyPatch, fake: Fake, said: list[str]
 ) -> None:
@@ -236,6 +260,44 @@ def test_what_dies_in_a_region_is_gone_behind_it(fake: Fake, said: list[str]) ->
     for _ in range(5):
         e.run([torch.randn(4, 4)], [])
     assert all(gone) and fake.called == 3
+
+
+def gated() -> Program:
+    """The second region computes again what the first one makes."""
+    square = ((4, 4),)
+    return program(
+        1,
+        [slot(0, f32(4, 4)), slot(1, f32(4, 4))],
+        [slot(6, f32(4, 4))],
+        op("aten.silu.default", Ref(0), outs=2, shapes=square),
+        op("aten.mul.Tensor", Ref(2), Ref(1), outs=3, shapes=square),
+        op("aten.mm.default", Ref(3), Ref(1), outs=4, frees=(3,), shapes=square),
+        op("aten.mul.Tensor", Ref(4), Ref(2), outs=5, frees=(2, 4), shapes=square),
+        op("aten.mul.Tensor", Ref(5), Ref(0), outs=6, frees=(5,), shapes=square),
+    )
+
+
+def test_what_is_computed_again_is_not_put_out(fake: Fake, said: list[str]) -> None:
+    first, *others = outputs_of(executor(gated(), said), torch.randn(4, 4), torch.randn(4, 4))
+    assert all(torch.equal(y, first) for y in others) and not said
+    makes, reads = fake.compiled
+    assert makes.region.outputs == (3,) and reads.region.again == (0,)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_region_may_fail_though_another_counts_on_it(
+    broken: int, fake: Fake, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled_but_one(body: Body, layouts: Sequence[Layout], device: torch.device):
+        if len(fake.compiled) == broken:
+            fake.compiled.append(body)
+            raise RuntimeError("too hard")
+        return fake(body, layouts, device)
+
+    monkeypatch.setattr(inductor, "_compiled", compiled_but_one)
+    first, *others = outputs_of(executor(gated(), said), torch.randn(4, 4), torch.randn(4, 4))
+    assert all(torch.equal(y, first) for y in others)
+    assert fake.called == 2 and len(said) == 1
 
 
 def test_a_region_that_fails_is_named(fake: Fake, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

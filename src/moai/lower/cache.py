@@ -70,9 +70,14 @@ def lower_cached(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]
     return replace(program, name=new_name())
 
 
+def home(environ: Mapping[str, str]) -> Path:
+    """Where everything is kept that can be made again: moai in $XDG_CACHE_HOME (~/.cache)."""
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai"
+
+
 def folder(environ: Mapping[str, str]) -> Path:
     """Where programs are kept."""
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai" / "programs"
+    return home(environ) / "programs"
 
 
 def _file_of(
@@ -84,20 +89,20 @@ def _file_of(
     if any(op.namespace not in _KNOWN for op in {n.op for n in graph.nodes}):
         return None
     try:
-        home = folder(environ)
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_own(home):
-            logger.debug("%s is somebody else's, or open to others: programs are not kept there.", home)
+        programs = folder(environ)
+        programs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(programs):
+            logger.debug("%s is somebody else's, or open to others: programs are not kept there.", programs)
             return None
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         logger.debug("Programs are not kept: %s", error)
         return None
-    return home / key(graph, plan, given)
+    return programs / key(graph, plan, given)
 
 
-def _is_own(home: Path) -> bool:
+def _is_own(programs: Path) -> bool:
     """Whether nobody else can put a file there: reading a pickle runs what it says."""
-    status = home.stat()
+    status = programs.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
@@ -145,10 +150,10 @@ def _write(file: Path, program: Program) -> None:
         logger.debug("A program could not be kept: %s", error)
 
 
-def _make_room(home: Path) -> None:
+def _make_room(programs: Path) -> None:
     """Remove what was not used for longest until the rest is small enough. Others may be removing files, too."""
     files = []
-    for entry in os.scandir(home):
+    for entry in os.scandir(programs):
         with suppress(FileNotFoundError):
             status = entry.stat()
             files.append((status.st_mtime_ns, status.st_size, entry.path))

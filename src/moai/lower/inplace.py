@@ -16,7 +16,7 @@ from typing import Any
 
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
 from moai.lower.cleanup import renamed_refs, uses
-from moai.lower.memory import Regions
+from moai.lower.memory import SharedMemory
 from moai.lower.operators import in_place_form, is_view, operator, overlaps_itself
 from moai.lower.program import Instruction
 from moai.lower.values import Values
@@ -36,13 +36,13 @@ def in_place(
 
 
 class _Walk:
-    """One pass over the code. Regions and last uses go by the values' names before renaming."""
+    """One pass over the code. Memory and last uses go by the values' names before renaming."""
 
     def __init__(self, code: Sequence[Instruction], borrowed: Iterable[int], kept: Iterable[int], values: Values):
         self.out: list[Instruction] = []
         self.renamed: dict[int, int] = {}
         self._values = values
-        self._regions = Regions()
+        self._memory = SharedMemory()
         self._borrowed = set(borrowed)
         self._overlapping: set[int] = set()
         self._last_use = {id_: at for at, instruction in enumerate(code) for id_ in uses(instruction)}
@@ -63,11 +63,11 @@ class _Walk:
     def _owns(self, instruction: Instruction, at: int) -> bool:
         """Whether the memory of what is added up is nobody else's after the instruction."""
         (x,) = uses(instruction)
-        whole = self._values.local_bytes(self._regions.find(x)) == self._values.local_bytes(x)
+        whole = self._values.local_bytes(self._memory.find(x)) == self._values.local_bytes(x)
         return whole and x not in self._overlapping and self._dead(x, at)
 
     def _keep(self, instruction: Instruction) -> None:
-        self._regions.follow(instruction)
+        self._memory.follow(instruction)
         inherited = is_view(instruction.op) and any(i in self._overlapping for i in uses(instruction))
         if inherited or overlaps_itself(instruction):
             self._overlapping.update(flat_ids(instruction.outs))
@@ -84,7 +84,7 @@ class _Walk:
         if len(results) != len(overwritten):
             return False
         untouched = _only_read(instruction)
-        readers = Counter(self._regions.find(i) for i in uses(instruction))
+        readers = Counter(self._memory.find(i) for i in uses(instruction))
         free = [
             x in untouched or self._may_overwrite(x, y, at, readers) for x, y in zip(overwritten, results, strict=True)
         ]
@@ -94,7 +94,7 @@ class _Walk:
         targets = []  # what is written: by position, since a list may hold one value twice
         for x, y, may in zip(overwritten, results, free, strict=True):
             if may:
-                self._regions.join(y, x)
+                self._memory.join(y, x)
                 self.renamed[y] = self.renamed.get(x, x)
             else:  # an element of a list that is needed later
                 self.renamed[y] = self._copy(x, instruction.where)
@@ -114,7 +114,7 @@ class _Walk:
             values.types[x] == values.types[y]
             and values.placement(x) == values.placement(y)
             and x not in self._overlapping
-            and readers[self._regions.find(x)] == 1
+            and readers[self._memory.find(x)] == 1
             and self._dead(x, at)
         )
 
@@ -122,7 +122,7 @@ class _Walk:
         """Whether nobody reads what shares memory with `x` after instruction `at`, in a later pass either."""
         return all(
             m not in self._borrowed and self._last_use.get(m, -1) <= at and self._made.get(m, -1) >= self._begin
-            for m in self._regions.members(x)
+            for m in self._memory.members(x)
         )
 
     def _copy(self, x: int, where: str) -> int:

@@ -25,7 +25,7 @@ from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
-from moai.lower.memory import Regions, with_frees
+from moai.lower.memory import SharedMemory, with_frees
 from moai.lower.moving import without_time
 from moai.lower.operators import is_view, overlaps_itself
 from moai.lower.peak import peak_bytes
@@ -217,23 +217,23 @@ def _outputs_apart(
     Copied is what shares memory with an earlier output or with an input that stays, what holds several entries in
     one place, and what would keep a much larger buffer alive.
     """
-    regions = Regions()
+    memory = SharedMemory()
     overlapping: set[int] = set()
     for instruction in code:
-        regions.follow(instruction)
+        memory.follow(instruction)
         inherited = is_view(instruction.op) and not overlapping.isdisjoint(uses(instruction))
         if inherited or overlaps_itself(instruction):
             overlapping.update(flat_ids(instruction.outs))
-    taken = {regions.find(i) for i in borrowed}
+    taken = {memory.find(i) for i in borrowed}
     apart = []
     for id_ in outputs:
-        region = regions.find(id_)
-        if region in taken or id_ in overlapping or values.local_bytes(id_) < values.local_bytes(region):
+        whole = memory.find(id_)
+        if whole in taken or id_ in overlapping or values.local_bytes(id_) < values.local_bytes(whole):
             copy = values.new(values.types[id_], values.placement(id_))
             shapes = (values.local_shape(copy),)
             code = [*code, Instruction("aten.clone.default", (Ref(id_),), {}, copy, (), shapes)]
             apart.append(copy)
         else:
-            taken.add(region)
+            taken.add(whole)
             apart.append(id_)
     return code, apart

@@ -14,27 +14,28 @@ from moai.lower.operators import is_view
 from moai.lower.program import Instruction
 
 
-class Regions:
-    """Sets of values that share memory. A region is named by the value it began with."""
+class SharedMemory:
+    """Sets of values that share memory. A set is named by the value it began with."""
 
     def __init__(self) -> None:
-        self._region: dict[int, int] = {}
+        self._name: dict[int, int] = {}
         self._members: dict[int, list[int]] = {}
 
     def find(self, id_: int) -> int:
-        return self._region.get(id_, id_)
+        """The name of the set that `id_` is in."""
+        return self._name.get(id_, id_)
 
     def members(self, id_: int) -> list[int]:
         """Everything that shares memory with `id_`, itself included."""
         return self._members.get(self.find(id_), [id_])
 
     def join(self, id_: int, with_: int) -> None:
-        """The region of `id_` becomes part of that of `with_`."""
+        """The set of `id_` becomes part of that of `with_`."""
         source, target = self.find(id_), self.find(with_)
         if source != target:
             moved = self._members.pop(source, [source])
             self._members.setdefault(target, [target]).extend(moved)
-            self._region.update(dict.fromkeys(moved, target))
+            self._name.update(dict.fromkeys(moved, target))
 
     def follow(self, instruction: Instruction) -> None:
         """Take note of an instruction's results: those of a view lie where its arguments do."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,17 +53,25 @@ _FUSED = frozenset(
 
 _BOUNDS = frozenset({"repeat", "end_repeat"})
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Instructions [start, stop) of a program. `inputs` are the values from before that they read or write, `outputs`
-    those that they define and that are used behind them, `frees` what is freed by them of these inputs."""
+    """Instructions [start, stop) of a program, and before them those of earlier regions that it does `again`. `inputs`
+    are the values from before that they read or write, `outputs` those that they define and that are used behind them,
+    `frees` what is freed by them of these inputs."""
 
     start: int
     stop: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     frees: tuple[int, ...]
+    again: tuple[int, ...] = ()
+
+    def of(self, sequence: Sequence[T]) -> list[T]:
+        """The region's part of what goes with the instructions, one by one."""
+        return [*(sequence[at] for at in self.again), *sequence[self.start : self.stop]]
 
 
 def gathered(code: Sequence[Instruction], outputs: Iterable[int], values: Values) -> list[Instruction]:
@@ -208,14 +216,22 @@ def _runs(code: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 def _region(code: Sequence[Instruction], start: int, stop: int, last_use: dict[int, int]) -> Region | None:
     run = code[start:stop]
-    inside = {o for instruction in run for o in flat_ids(instruction.outs)}
     outputs = [o for instruction in run for o in flat_ids(instruction.outs) if last_use.get(o, -1) >= stop]
     views = {instruction.outs for instruction in run if is_plain_view(instruction)}
     if not views.isdisjoint(outputs):
         return None
-    inputs = dict.fromkeys(i for instruction in run for i in uses(instruction) if i not in inside)
-    frees = [i for instruction in run for i in instruction.frees if i not in inside]
-    return Region(start, stop, tuple(inputs), tuple(outputs), tuple(frees))
+    return region_of(code, start, stop, tuple(outputs))
+
+
+def region_of(
+    code: Sequence[Instruction], start: int, stop: int, outputs: tuple[int, ...], again: tuple[int, ...] = ()
+) -> Region:
+    """Instructions [start, stop) of `code` as a region with these outputs."""
+    bare = Region(start, stop, (), outputs, (), again)
+    inside = {o for instruction in bare.of(code) for o in flat_ids(instruction.outs)}
+    inputs = dict.fromkeys(i for instruction in bare.of(code) for i in uses(instruction) if i not in inside)
+    frees = [i for instruction in code[start:stop] for i in instruction.frees if i not in inside]
+    return replace(bare, inputs=tuple(inputs), frees=tuple(frees))
 
 
 def is_plain_view(instruction: Instruction) -> bool:

@@ -1,6 +1,7 @@
 """Compiled regions: when a program's regions are compiled, and what stands for them then.
 
-In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions.
+In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions. A matrix product
+is a region of its own, for which another library's function may stand (`products`).
 
 A program starts as it is. Compiling begins, in the background, once compiled code would have saved by now what it
 costs: a program that has run for so long will probably run for as long again. MOAI_COMPILE=always compiles before the
@@ -12,15 +13,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
-from moai.lower.program import Program
-from moai.lower.regions import Region, regions
+from moai.lower.again import computing_again
+from moai.lower.program import Instruction, Program
+from moai.lower.regions import Region, region_of, regions
 from moai.runtime.codegen import Call
 from moai.runtime.inductor import Body, Compiler, Function, Job, Layout
+from moai.runtime.products import is_for_onednn, is_product
 
 Policy = Literal["always", "never", "auto"]
 
@@ -28,6 +31,8 @@ Policy = Literal["always", "never", "auto"]
 _GAIN = 0.03
 # The longest wait where the user wants compiled code at once.
 _WAIT_SECONDS = 600.0
+# Compared are all entries of a small tensor, and one in so many of a larger one: a prime, which no row's length shares.
+_FEW, _STRIDE = 1 << 14, 61
 
 
 def policy(environ: Mapping[str, str]) -> Policy:
@@ -42,41 +47,50 @@ def policy(environ: Mapping[str, str]) -> Policy:
 class CompiledRegion:
     """What stands for a region. Called with a list of its inputs, which it empties.
 
-    Where tensors lie otherwise than the code was compiled for, the operators run. So they do at the first call, and
-    ever after if the compiled code gives other numbers then.
+    Where tensors lie otherwise than the code was compiled for, and where there is no such code, the operators run. So
+    they do at the first call, and ever after if the compiled code gives other numbers then.
     """
 
-    def __init__(self, body: Body, layouts: Sequence[Layout], function: Function, compiler: Compiler) -> None:
+    def __init__(self, body: Body, layouts: Sequence[Layout], function: Function | None, compiler: Compiler) -> None:
         self._body = body
         self._strides = [x.stride for x in layouts]
+        self._rounding = body.rounding(layouts)
         self._function = function
         self._compiler = compiler
-        self._tried = False
+        self._tried = body.is_product  # a library's function needs no proof
 
     def __call__(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if [x.stride() for x in inputs] != self._strides:
+        function = self._function
+        if function is None or [x.stride() for x in inputs] != self._strides:
             outputs: Sequence[torch.Tensor] = self._body(inputs)
         elif self._tried:
-            outputs = self._function(inputs)
+            outputs = function(inputs)
         else:
-            outputs = self._try(inputs)
+            outputs = self._try(function, inputs)
         inputs.clear()
         return outputs
 
-    def _try(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _try(self, function: Function, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         body = self._body
         names = body.region.inputs
         copies = [x.clone() if i in body.overwritten else x for i, x in zip(names, inputs, strict=True)]
-        compiled = self._function(list(copies))
+        compiled = function(list(copies))
         apart = _share_no_memory([*compiled, *copies], len(compiled))
-        plain = body(inputs)
         kept = [at for at, i in enumerate(names) if i in body.kept]
-        found = [*compiled, *(copies[at] for at in kept)]
-        if not apart or not all(map(_close, found, [*plain, *(inputs[at] for at in kept)])):
+        found = [_sample(x) for x in (*compiled, *(copies[at] for at in kept))]
+        del compiled, copies  # results may be large, and are there only once
+        plain = body(inputs)
+        expected = [_sample(x) for x in (*plain, *(inputs[at] for at in kept))]
+        if not apart or not all(_close(a, b, self._rounding) for a, b in zip(found, expected, strict=True)):
             self._compiler.complain("Compiled code gave other numbers than the operators that it stands for")
-            self._function = body
+            self._function = None
         self._tried = True
         return plain
+
+
+def _sample(x: torch.Tensor) -> torch.Tensor:
+    """A copy of some entries, for comparing: from all columns of a large tensor, whatever their number is."""
+    return x.flatten()[:: _STRIDE if x.numel() > _FEW else 1].clone()
 
 
 def _share_no_memory(tensors: Sequence[torch.Tensor], n: int) -> bool:
@@ -85,8 +99,8 @@ def _share_no_memory(tensors: Sequence[torch.Tensor], n: int) -> bool:
     return all(counts[_address(x)] <= 1 for x in tensors[:n])
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `a` is `b` but for rounding, measured by the largest entry. What is not a float has to be equal."""
+def _close(a: torch.Tensor, b: torch.Tensor, rounding: float) -> bool:
+    """Whether `a` is `b` but for `rounding`, measured by the largest entry. What is not a float has to be equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not b.dtype.is_floating_point or not b.numel():
@@ -95,7 +109,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not torch.equal(usual, a.isfinite()):
         return False
     error, size = ((a - b).where(usual, 0.0).abs().max(), b.where(usual, 0.0).abs().max())
-    return bool(error <= size * torch.finfo(b.dtype).eps ** 0.5)
+    return bool(error <= size * max(rounding, torch.finfo(b.dtype).eps) ** 0.5)
 
 
 def _address(x: torch.Tensor) -> int:
@@ -116,9 +130,10 @@ class ProgramRegions:
         self._seconds = 0.0
         self._submitted = self._taken = False
         if wanted != "never":
-            for region in regions(program):
-                own = [call for call in calls[region.start : region.stop] if call is not None]
-                self._bodies[region.start] = Body(region, program.instructions[region.start : region.stop], own)
+            code = program.instructions
+            for region in (*computing_again(program, regions(program)), *_products(code)):
+                own = [call for call in region.of(calls) if call is not None]
+                self._bodies[region.start] = Body(region, region.of(code), own)
 
     @property
     def watching(self) -> bool:
@@ -132,7 +147,7 @@ class ProgramRegions:
         if body is None:
             return
         inputs = [values[i] for i in body.region.inputs]
-        if _written_apart(body, inputs):
+        if is_for_onednn(inputs) if body.is_product else _written_apart(body, inputs):
             self._jobs[index] = self._compiler.job(body, tuple(map(Layout.of, inputs)))
 
     def ran(self, seconds: float) -> None:
@@ -153,11 +168,20 @@ class ProgramRegions:
         if self._taken or not self._submitted or not all(job.done.is_set() for job in self._jobs.values()):
             return {}
         self._taken = True
-        return {
-            index: (body.region, CompiledRegion(body, job.layouts, job.function, self._compiler))
-            for index, body in self._bodies.items()
-            if (job := self._jobs.get(index)) is not None and job.function is not None
-        }
+        found = {}
+        for index, body in self._bodies.items():
+            job = self._jobs.get(index)
+            function = job.function if job else None
+            # A region stands for its instructions even if it is not compiled: others count on what it does again.
+            if function or not body.is_product:
+                layouts = job.layouts if job else ()
+                found[index] = (body.region, CompiledRegion(body, layouts, function, self._compiler))
+        return found
+
+
+def _products(code: Sequence[Instruction]) -> Iterator[Region]:
+    """Each matrix product as a region of its own."""
+    return (region_of(code, at, at + 1, (i.outs,)) for at, i in enumerate(code) if is_product(i))
 
 
 def _written_apart(body: Body, inputs: Sequence[torch.Tensor]) -> bool:

@@ -23,25 +23,28 @@ from typing import Any
 import torch
 
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
+from moai.lower import cache
 from moai.lower.cleanup import uses
 from moai.lower.program import Instruction
 from moai.lower.regions import Region, is_plain_view
 from moai.runtime.codegen import Call
+from moai.runtime.products import by_onednn, is_product, onednn_is_faster
 
 Function = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 # CPU seconds of compiling: to begin with, for a region, for one that is on disk. Measured on two cores of an AMD EPYC.
 _START_SECONDS, _REGION_SECONDS, _CACHED_SECONDS = 5.0, 2.0, 0.3
+_PRODUCT_SECONDS = 0.2  # of trying out whose product is faster
 # The longest wait for another rank to compile the same region: then it is done here as well.
 _LOCK_SECONDS = 120.0
 _NICE = 10
+_ONEDNN = "oneDNN"
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where compiled code is kept: TORCHINDUCTOR_CACHE_DIR, or else moai/inductor in $XDG_CACHE_HOME (~/.cache)."""
-    if theirs := environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        return Path(theirs)
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai" / "inductor"
+    """Where compiled code is kept: TORCHINDUCTOR_CACHE_DIR, or else with what else we keep."""
+    theirs = environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(theirs) if theirs else cache.home(environ) / "inductor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,19 @@ class Body:
         self._steps = [(call, instruction.outs) for call, instruction in zip(calls, code, strict=True)]
         self.overwritten = _overwritten(code, calls).intersection(region.inputs)
         self.kept = self.overwritten.difference(region.frees)
+        self.is_product = len(code) == 1 and is_product(code[0])
+
+    def rounding(self, layouts: Sequence[Layout]) -> float:
+        """The relative rounding error of the coarsest floats that are computed with."""
+        named: set[torch.dtype] = {x.dtype for x in layouts}
+
+        def note(leaf: Any) -> None:
+            if isinstance(leaf, torch.dtype):
+                named.add(leaf)
+
+        for call, _ in self._steps:
+            map_args((call.args, call.kwargs), note)
+        return max((torch.finfo(dtype).eps for dtype in named if dtype.is_floating_point), default=0.0)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The region's outputs, operator by operator. Overwrites `overwritten`."""
@@ -122,7 +138,8 @@ def _bind(outs: Any, result: Any, values: dict[int, Any]) -> None:
 
 @dataclass(slots=True)
 class Job:
-    """A region to be compiled for tensors of `layouts`. `function` is there when it is `done`, unless that failed."""
+    """A region to be compiled for tensors of `layouts`. When it is `done`, `function` is there, unless that failed or
+    the operators are the fastest."""
 
     key: str
     body: Body
@@ -147,16 +164,19 @@ class Compiler:
 
     def job(self, body: Body, layouts: tuple[Layout, ...]) -> Job:
         """The job of compiling `body`: one for all that do the same."""
-        text = f"{torch.__version__} {self._device.type} {torch.get_num_threads()}\n{body.text()}\n{layouts}"
+        machine = f"{self._device.type} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
+        text = f"{torch.__version__} {machine}\n{body.text()}\n{layouts}"
         key = hashlib.sha256(text.encode()).hexdigest()
         return self._jobs.setdefault(key, Job(key, body, layouts))
 
     def cost(self, jobs: Sequence[Job]) -> float:
         """CPU seconds that it takes to do what is not done yet."""
-        fresh = {job.key for job in jobs if not job.done.is_set()}
-        on_disk = sum(self._mark(key).exists() for key in fresh)
-        start = 0.0 if self._thread or not fresh else _START_SECONDS
-        return start + on_disk * _CACHED_SECONDS + (len(fresh) - on_disk) * _REGION_SECONDS
+        fresh = {job.key: job for job in jobs if not job.done.is_set()}
+        regions = [key for key, job in fresh.items() if not job.body.is_product]
+        on_disk = sum(self._mark(key).exists() for key in regions)
+        start = 0.0 if self._thread or not regions else _START_SECONDS
+        found = start + on_disk * _CACHED_SECONDS + (len(regions) - on_disk) * _REGION_SECONDS
+        return found + _PRODUCT_SECONDS * (len(fresh) - len(regions))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have `jobs` done, in this order."""
@@ -193,11 +213,23 @@ class Compiler:
     def _do(self, job: Job) -> None:
         try:
             with self._alone(job.key):
-                job.function = _compiled(job.body, job.layouts, self._device)
-                self._mark(job.key).touch()
+                if job.body.is_product:
+                    job.function = self._product(job)
+                else:
+                    job.function = _compiled(job.body, job.layouts, self._device)
+                    self._mark(job.key).touch()
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             self.complain(f"A part of the step cannot be compiled ({type(error).__name__}: {reason})")
+
+    def _product(self, job: Job) -> Function | None:
+        """What was found out once on this machine stays: runs shall not differ by chance."""
+        mark = self._mark(job.key)
+        if not mark.exists():
+            *_, a, b = job.layouts
+            faster = onednn_is_faster((*a.shape, b.shape[1]), transposed=b.stride[-1] != 1)
+            mark.write_text(_ONEDNN if faster else "")
+        return by_onednn if mark.read_text() == _ONEDNN else None
 
     def _mark(self, key: str) -> Path:
         return self._folder / "moai" / key
