@@ -52,6 +52,10 @@ _LARGE_UPLOAD = 64 << 20
 _SUGGESTION_SECONDS = 5.0
 
 
+# How the inputs of a graph lie on the devices; None where they do not lie there yet.
+Given = tuple[Placement | None, ...]
+
+
 def _give_memory_back() -> None:
     """glibc keeps freed memory for later; a model's worth of it is not wanted again."""
     libc = ctypes.CDLL(None)
@@ -88,7 +92,7 @@ class Session:
         self._accelerator: Accelerator | None = None
         self._lease: Lease | None = None
         self._telemetry: Publisher | None = None
-        self._programs: dict[tuple[int, tuple[Placement | None, ...]], Program] = {}
+        self._programs: dict[int, list[tuple[Given, Program]]] = {}  # by the graph's id
         self._speed = Speedometer()
         self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
@@ -221,20 +225,21 @@ class Session:
             self._speed.step(_tokens(segment.graph))
         return outputs
 
-    def _program(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
-        key = (id(graph), given)
-        program = self._programs.get(key)
+    def _program(self, graph: StepGraph, given: Given) -> Program:
+        known = self._programs.setdefault(id(graph), [])
+        # Compared, as hundreds of placements are mostly the very same objects, and hashing reads all of them.
+        program = next((program for its, program in known if its == given), None)
         if program is None:
             with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
                 program = self._lower(graph, given)
-            self._programs[key] = program
+            known.append((given, program))
             self._first_run = True  # the next wait may be long enough to be explained
             self._graphs.append(graph)
             for note in program.notes:
                 logger.info(note)
         return program
 
-    def _lower(self, graph: StepGraph, given: tuple[Placement | None, ...]) -> Program:
+    def _lower(self, graph: StepGraph, given: Given) -> Program:
         if options.current() != self._options:
             self._options = options.current()
             logger.warning("The options of torch.moreh.option come after the first step: they do not change its plan.")

@@ -36,3 +36,22 @@ def test_a_product_takes_any_number_of_batch_dims(batch: tuple[int, ...]):
     found = moai.matmul(a, b)
     torch.testing.assert_close(found, a @ b)
     torch.testing.assert_close(moai.matmul(a.transpose(0, -2).contiguous().transpose(0, -2), b), found)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 4e-6), (torch.bfloat16, 6e-3)])
+def test_gradients_of_shared_heads_add_up_in_fp32_or_better(dtype: torch.dtype, rounding: float):
+    torch.manual_seed(0)
+    sharing = 64
+    q, grad = (torch.randn(2, sharing, 40, 8, dtype=dtype).double() for _ in range(2))
+    k, v = (torch.randn(2, 1, 40, 8, dtype=dtype).double() for _ in range(2))
+
+    def gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v, grad = tensors
+        out, lse = moai.sdpa(q, k, v, None, True, None, k.shape[1] < q.shape[1])
+        found = moai.sdpa_backward(grad, q, k, v, out, lse, None, True, None, k.shape[1] < q.shape[1])
+        return [x.double() for x in found]
+
+    dq, dk, dv = gradients(q, k.repeat(1, sharing, 1, 1), v.repeat(1, sharing, 1, 1), grad)
+    expected = [dq, dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)]
+    for found, exact in zip(gradients(*(x.to(dtype) for x in (q, k, v, grad))), expected, strict=True):
+        assert (found - exact).abs().max() <= rounding * exact.abs().max()

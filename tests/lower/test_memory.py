@@ -172,12 +172,13 @@ def test_a_list_holds_all_passes() -> None:
     assert peak(in_passes(5, op("collect", Ref(2), outs=3, frees=(2,)))) == 5 * KB + 5 * KB
 
 
-def test_attention_with_shared_heads_repeats_them_in_its_backward() -> None:
-    q, k = dense((2, 4, 8, 16), torch.float32), dense((2, 2, 8, 16), torch.float32)
-    own = (q, q, q, q, q, dense((2, 4, 8), torch.float32), None, True, None, False)
-    shared = (q, q, k, k, q, dense((2, 4, 8), torch.float32), None, True, None, True)
-    assert workspace("moai.sdpa_backward.default", own) == 0
-    assert workspace("moai.sdpa_backward.default", shared) == 4 * q.nbytes
+def test_attention_in_halves_with_shared_heads_repeats_them_in_its_backward() -> None:
+    def needed(kv: int, dtype: torch.dtype) -> int:
+        q, k, lse = dense((2, 4, 8, 16), dtype), dense((2, kv, 8, 16), dtype), dense((2, 4, 8), torch.float32)
+        return workspace("moai.sdpa_backward.default", (q, q, k, k, q, lse, None, True, None, kv < 4))
+
+    assert needed(4, torch.bfloat16) == needed(2, torch.float32) == 0
+    assert needed(2, torch.bfloat16) == 4 * dense((2, 4, 8, 16), torch.bfloat16).nbytes
 
 
 def test_a_product_copies_factors_whose_batch_dims_are_not_one() -> None:

@@ -156,6 +156,42 @@ def test_a_started_reduction_keeps_order_and_shapes(accelerator: OfSize, axes, d
     run(accelerator(4), xs, [totals(x, axes) for x in xs], start, wait)
 
 
+def bucket_sum(x: int, bucket: tuple[int, int], handle: int, axes: tuple[str, ...], shape: Sequence[int]):
+    """Value `x` and a few ones, put into a bucket and summed there: what begins it, and the wait."""
+    n = len(shape)
+    begin = (
+        op("bucket", (tuple(shape), (3,)), torch.float32, outs=bucket),
+        op("aten.copy_.default", Ref(bucket[0]), Ref(x)),
+        op("aten.fill_.Scalar", Ref(bucket[1]), n),
+        op("all_reduce_start", tuple(map(Ref, bucket)), axes, outs=handle, in_place=True),
+    )
+    return begin, op("wait", Ref(handle), outs=())
+
+
+@over
+@pytest.mark.parametrize("length", [1, 300_001], ids=["small", "large"])
+def test_a_bucket_becomes_the_sum_in_place(accelerator: OfSize, axes, length: int) -> None:
+    x, y = numbers(length), numbers(2, length)
+    (*first,), wait_first = bucket_sum(0, (100, 102), 50, axes, (length,))
+    (*second,), wait_second = bucket_sum(1, (101, 103), 51, axes, (2, length))
+    few = [torch.full((3,), float(len(PEERS[axes][0])))] * 4
+    expected = [totals(x, axes), totals(y, axes), few, [2 * t for t in few]]
+    run(accelerator(4), [x, y], expected, *first, *second, wait_second, wait_first)
+
+
+@pytest.mark.parametrize("axes", [("dp",), ALL], ids=",".join)
+def test_the_sum_in_a_large_bucket_is_the_same_on_all_peers_bit_for_bit(accelerator: OfSize, axes) -> None:
+    a, lies = accelerator(4), split(0, (1,) * 4, *ALL)
+    x = torch.randn(4, 300_001)
+    begin, wait = bucket_sum(0, (100, 101), 50, axes, (1, 300_001))
+    p = program(GRID, [slot(0, f32(4, 300_001), lies)], [slot(102, f32(4, 300_001), lies)], *begin, wait,
+                op("aten.clone.default", Ref(100), outs=102))  # fmt: skip
+    sums = a.read(a.run(p, [put(a, x, lies, GRID)], [])[0])
+    for rank, peers in enumerate(PEERS[axes]):
+        assert all(torch.equal(sums[rank], sums[peer]) for peer in peers)
+        torch.testing.assert_close(sums[rank], x[list(peers)].sum(0))
+
+
 @over
 def test_a_started_gather_takes_several_tensors(accelerator: OfSize, axes) -> None:
     how = [(dim, sizes_for(axes, two, four), blocks) for dim, blocks, two, four in CUTS]

@@ -40,6 +40,10 @@ class Usage:
         self.used = False
 
 
+# That of every record that nobody watches: one is made for each tensor of a step, and few are kept.
+_UNWATCHED = Usage()
+
+
 class Record:
     """`base`: (size, stride, dtype) of the tensor that the storage was made for.
 
@@ -58,7 +62,7 @@ class Record:
         self.value: Value | None = None
         self.lost = ""
         self.made_by: Any = None
-        self.usage = Usage()
+        self.usage = _UNWATCHED
 
 
 def record_of(tensor: torch.Tensor) -> Record:

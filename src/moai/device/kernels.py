@@ -34,7 +34,7 @@ def _views(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     stats = recorder.stats
 
     def metadata_only(op: torch._ops.OpOverload) -> Callable[..., Any]:
-        redispatch = op.redispatch
+        redispatch = op._handle.redispatch_boxed  # what `op.redispatch` calls, one frame later
 
         def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
             stats.views += 1

@@ -7,6 +7,8 @@ tensors alike; importing this module registers them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 aten = torch.ops.aten
@@ -68,12 +70,12 @@ def _sdpa(q, k, v, mask, is_causal, scale, enable_gqa):
 
 def _sdpa_backward(grad, q, k, v, out, lse, mask, is_causal, scale, enable_gqa):
     grad, q, k, v, out = _rows_dense(grad, q, k, v, out)
-    if _flash_cpu_takes(q, k, v) and q.shape[1] == k.shape[1]:
+    if _flash_cpu_takes(q, k, v) and not adds_up_repeated_heads(q, k):
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=_as_bias(mask, q), scale=scale
         )
     if _flash_cpu_takes(q, k, v):
-        return _gqa_flash_backward(grad, q, k, v, out, lse, mask, is_causal, scale)
+        return _backward_of_repeated_heads(grad, q, k, v, out, lse, mask, is_causal, scale)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         redone = torch.nn.functional.scaled_dot_product_attention(
@@ -82,8 +84,14 @@ def _sdpa_backward(grad, q, k, v, out, lse, mask, is_causal, scale, enable_gqa):
         return torch.autograd.grad(redone, leaves, grad)
 
 
-def _gqa_flash_backward(grad, q, k, v, out, lse, mask, is_causal, scale):
-    """The CPU backward kernel wants equal head counts: repeat the key/value heads, then sum their gradients."""
+def adds_up_repeated_heads(q: Any, k: Any) -> bool:
+    """Whether shared key and value heads, [B, Hkv, T, E], are repeated for the CPU's backward kernel. The kernel would
+    add up the gradients of the heads that share one in the dtype of the tensors, which halves are too short for."""
+    return q.shape[1:2] != k.shape[1:2] and k.dtype.itemsize == 2
+
+
+def _backward_of_repeated_heads(grad, q, k, v, out, lse, mask, is_causal, scale):
+    """Repeats the key/value heads, then sums their gradients, which rounds once."""
     groups = q.shape[1] // k.shape[1]
     kr, vr = (t.repeat_interleave(groups, dim=1) for t in (k, v))
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moai.graph.ops import adds_up_repeated_heads
 from moai.lower.layouts import Laid
 
 
@@ -32,9 +33,8 @@ def _sdpa(q: Laid, k: Laid, v: Laid, mask: Laid | None, *_: Any) -> int:
 def _sdpa_backward(
     grad: Laid, q: Laid, k: Laid, v: Laid, out: Laid, lse: Laid, mask: Laid | None = None, *_: Any
 ) -> int:
-    """Shared key and value heads are repeated, and so are their gradients."""
-    shared = q.shape[1:2] != k.shape[1:2]
-    repeated = (k.nbytes + v.nbytes) * q.shape[1] // k.shape[1] if shared else 0
+    """Where shared key and value heads are repeated, so are their gradients."""
+    repeated = (k.nbytes + v.nbytes) * q.shape[1] // k.shape[1] if adds_up_repeated_heads(q, k) else 0
     return _sdpa(q, k, v, mask) + 2 * repeated
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from moai.graph.step_graph import Ref, Scalar, flat_ids
 from moai.lower.program import Instruction, Program
 from moai.lower.regions import Region
+from moai.runtime.direct import direct
 from moai.runtime.loops import REPEAT
 
 LINES_BEFORE = 3
@@ -79,7 +80,7 @@ def generate(
 def _statement(instruction: Instruction, call: Call, constants: _Constants) -> str:
     args = [constants.source(a) for a in call.args]
     args += [f"{name}={constants.source(a)}" for name, a in call.kwargs.items()]
-    statement = f"{constants.named('f', call.function)}({', '.join(args)})"
+    statement = f"{constants.named('f', direct(call.function))}({', '.join(args)})"
     unused = False
     if any(True for _ in flat_ids(instruction.outs)):
         statement = f"{_target(instruction.outs)} = {statement}"

@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 
 from moai.graph.placement import Mesh
+from moai.runtime.neighbours import Neighbours, meet
 from moai.runtime.parts import HALVES, cut, total
 
 WAIT = "wait"
+# A sum of fewer bytes is sent: signals would take longer than the message.
+_WORTH_READING = 1 << 20
 _BLOCKING = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
 NAMES = _BLOCKING | {f"{name}_start" for name in _BLOCKING} | {WAIT}
 
@@ -93,13 +96,19 @@ class Distributed:
         self._cores = _cores()
         assert dist.group.WORLD is not None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(size)): dist.group.WORLD}
+        self._neighbours: dict[tuple[int, ...], Neighbours | None] = {}
+        self._on_cpu = device.type == "cpu"
 
     def over(self, mesh: Mesh, axes: Sequence[str]) -> Group:
         ranks = mesh.group(axes, self._rank)
         members = tuple(sorted(ranks))
         if members not in self._groups:
             self._groups[members] = self._new_group(members)
-        return Group(self._groups[members], members.index(self._rank), [ranks.index(r) for r in members])
+        group = self._groups[members]
+        if members not in self._neighbours:
+            self._neighbours[members] = meet(group) if self._on_cpu and len(members) > 1 else None
+        coordinates = [ranks.index(r) for r in members]
+        return Group(group, members.index(self._rank), coordinates, self._neighbours[members])
 
     def _new_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
         # Its threads inherit this thread's cores, and are to have those of the first group's: see `Worker.serve`.
@@ -117,12 +126,20 @@ class Group:
 
     The backend takes the sums, but for those that are scattered, and those of more than two halves: there every device
     receives the terms of its part and adds them up. That rounds once and not at every hop, takes parts of any sizes,
-    and is faster than gloo's own reduce-scatter, which is an all-reduce.
+    and is faster than gloo's own reduce-scatter, which is an all-reduce. Large buckets are summed by `neighbours`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, coordinates: Sequence[int]) -> None:
-        """`rank` is this device's in `group`, `coordinates` are those of all its devices, by rank."""
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        rank: int,
+        coordinates: Sequence[int],
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        """`rank` is this device's in `group`, `coordinates` are those of all its devices, by rank; `neighbours` are
+        they, where they can read each other's memory."""
         self._group = group
+        self._neighbours = neighbours
         self._rank = rank
         self._coordinates = coordinates
         self._in_order = list(coordinates) == sorted(coordinates)
@@ -140,6 +157,9 @@ class Group:
         _check_dtype(xs[0])
         if in_place:
             flat = memory_of_bucket(xs)
+            if kind == "sum" and self._neighbours is not None and flat.nbytes >= _WORTH_READING:
+                finish = self._neighbours.sum_start(flat)
+                return Started(None, lambda: finish() or ())
             return Started(dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True), tuple)
         if kind == "sum" and xs[0].dtype in HALVES and len(self._coordinates) > 2:
             return self._sum_halves_start(xs)
