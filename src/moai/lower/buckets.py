@@ -24,11 +24,13 @@ from moai.lower.values import Values
 
 # Below the lower bound, latency dominates; above the upper one, the reduction of the last bucket is not hidden.
 _MIN_BYTES, MAX_BYTES = 4 << 20, 25 << 20
+# Whole layers are joined until there are so many.
+_WHOLE_BYTES = 8 << 20
 # About so many buckets a step: what remains to be awaited after the last gradient is one of them.
 _BUCKETS = 4
 _GATHERED_BUCKETS, _MIN_GATHERED = 16, 256 << 10
 # Of a model with layers: what is repeated so often is a layer, which is gathered in about so many pieces.
-_LAYERS, _PIECES = 3, 4
+_LAYERS, _PIECES = 3, 2
 # A layer smaller than this is none.
 _MIN_LAYER = 16 << 10
 _SMALL = 4096
@@ -181,7 +183,7 @@ def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
     begins, _ = _layers(ordered, values)
     total = sum(s.nbytes for s in sums)
     enough = MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), MAX_BYTES)
-    return _cut(ordered, values, begins, _MIN_BYTES, enough)
+    return _cut(ordered, values, begins, _WHOLE_BYTES, enough)
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
