@@ -150,6 +150,12 @@ def test_every_model_is_lowered_alike(model: str, graph_of, monkeypatch) -> None
     same(lowered_in_part(graph, plan, monkeypatch), lowered_whole(graph, plan, monkeypatch))
 
 
+def test_lists_that_would_grow_apart_are_noticed(graph_of, monkeypatch) -> None:
+    graph = graph_of(training(CONFIGS["llama"]))
+    plan = parse("dp=4,distribute_param=true,distribute_low_prec_param=true,shard=2", 4)
+    same(lower(graph, plan, [None] * len(graph.inputs)), lowered_whole(graph, plan, monkeypatch))
+
+
 @pytest.mark.parametrize("model", CONFIGS)
 def test_where_it_is_not_clear_how_layers_go_on_all_of_them_are_lowered(model: str, graph_of, monkeypatch) -> None:
     graph, plan = graph_of(training(CONFIGS[model], padded=True)), parse("dp=2,tp=2,recompute=full", 4)
