@@ -1,0 +1,127 @@
+"""Work: what one device does in a step under a plan, as columns of numbers.
+
+In: `lower.work` reads it off a program, `plan.transformer` writes it for a model that is known by its dims only.
+Out: the cost model turns it into seconds and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moai.graph.step_graph import Phase
+
+# Messages between devices come last.
+KINDS = ("matmul", "attention", "stream", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+MESSAGES = KINDS[3:]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8")
+AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate")
+
+
+class Task(NamedTuple):
+    """One operator or message on one device.
+
+    flops: a multiplication and an addition are two. bytes: read and written in the device's memory. m, n, k: lengths
+    of a matrix product, whose batch is flops / 2mnk. launches: calls that the host makes for it. message: bytes of
+    the whole that is summed, gathered or scattered, before it is cut into the peers' parts. axis: of the mesh, on
+    which the peers lie. until: how many tasks later the result is needed; the device computes meanwhile (1: it
+    waits). looped: done in each micro-batch, and not once a step. recomputed: done a second time, for the backward.
+    first: belongs to what comes before the layers (the embedding); what belongs neither to it nor to a layer comes
+    behind them.
+    """
+
+    kind: str
+    phase: Phase
+    precision: str = "fp32"
+    flops: float = 0.0
+    bytes: float = 0.0
+    m: float = 0.0
+    n: float = 0.0
+    k: float = 0.0
+    launches: float = 1.0
+    message: float = 0.0
+    axis: str = "dp"
+    until: int = 1
+    looped: bool = True
+    recomputed: bool = False
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device at the moment when it holds the most. `activations`: what the backward of one micro-batch
+    reads, and what is held on the way; `buffers`: messages and what kernels work in."""
+
+    parameters: float = 0.0
+    gradients: float = 0.0
+    states: float = 0.0
+    activations: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*[getattr(self, f.name) + getattr(other, f.name) for f in fields(self)])
+
+    def __mul__(self, times: float) -> Memory:
+        return Memory(*[getattr(self, f.name) * times for f in fields(self)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """The tasks of one device in execution order, a column (an array of length n) for each field of Task: `kind`,
+    `phase`, `precision` and `axis` as indices in KINDS, PHASES, PRECISIONS and AXES. `samples`: in a micro-batch, on
+    this device."""
+
+    kind: np.ndarray
+    phase: np.ndarray
+    precision: np.ndarray
+    flops: np.ndarray
+    bytes: np.ndarray
+    m: np.ndarray
+    n: np.ndarray
+    k: np.ndarray
+    launches: np.ndarray
+    message: np.ndarray
+    axis: np.ndarray
+    until: np.ndarray
+    looped: np.ndarray
+    recomputed: np.ndarray
+    first: np.ndarray
+    memory: Memory
+    samples: float
+
+    @staticmethod
+    def of(tasks: Sequence[Task], memory: Memory, samples: float) -> Work:
+        columns: dict[str, Any] = {}
+        for at, name in enumerate(Task._fields):
+            column: list[Any] = [task[at] for task in tasks]
+            if name in _NAMES:
+                column = [_NAMES[name].index(x) for x in column]
+            columns[name] = np.array(column, dtype=_TYPES.get(name, np.float64))
+        return Work(**columns, memory=memory, samples=samples)
+
+
+_NAMES: dict[str, Sequence[str]] = {"kind": KINDS, "phase": PHASES, "precision": PRECISIONS, "axis": AXES}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys((*_NAMES, "until"), np.int64),
+    **dict.fromkeys(("looped", "recomputed", "first"), np.bool_),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The work of a step of a model with few layers (`less`, of which `layers` repeat), and of the same with one
+    more (`more`). The model itself has `deeper` layers more than the first: each adds what the one more does. Where
+    no layers repeat, `layers` and `deeper` are 0, and `more` is `less`."""
+
+    less: Work
+    more: Work
+    layers: int
+    deeper: int
