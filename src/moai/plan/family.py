@@ -8,9 +8,8 @@ and messages, and what is held at any place of the step. Three observations tell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,9 @@ class Family:
     def __init__(self, observe: Observe, plans: Iterable[Plan], batch: int) -> None:
         self._observe = observe
         self._batch = batch
-        self._points = {self._point(plan): plan for plan in plans}
+        self._points: dict[tuple[float, float], Plan] = {}
+        for plan in sorted(plans, key=lambda plan: plan.dp * plan.micro):
+            self._points.setdefault(self._point(plan), plan)
         self._observed: dict[tuple[float, float], Observation] = {}
         self._coefficients: np.ndarray | None = None
         self._template: Observation | None = None
@@ -49,6 +50,15 @@ class Family:
         found = _rebuilt(self._template, np.maximum(vector, 0.0))
         return replace(found, less=_of(found.less, point), more=_of(found.more, point)).sample()
 
+    def _anchors(self) -> list[tuple[float, float]]:
+        """Three points that span a triangle, or two where all lie on a line: those with the fewest parts, which are
+        lowered the fastest."""
+        first, second, *others = sorted(
+            self._points, key=lambda point: self._points[point].dp * self._points[point].micro
+        )
+        third = next((point for point in others if _area(first, second, point)), None)
+        return [first, second] if third is None else [first, second, third]
+
     def _point(self, plan: Plan) -> tuple[float, float]:
         """Samples in a micro-batch on a device, and a device's part of the states that are spread."""
         spread = plan.shard or plan.dp if plan.distribute_param else 1
@@ -60,8 +70,7 @@ class Family:
         return self._observed[point]
 
     def _fit(self) -> None:
-        """From the points that lie the farthest apart, so that nothing is magnified."""
-        anchors = _anchors(list(self._points))
+        anchors = self._anchors()
         seen = [self._seen(point, self._points[point]) for point in anchors]
         if any(not _alike(seen[0], other) for other in seen[1:]):
             self._points = {}  # each on its own
@@ -71,17 +80,12 @@ class Family:
         self._template = seen[0]
 
 
-def _anchors(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Three points that span a triangle, or two where all lie on a line."""
-
-    def area(corners: Sequence[tuple[float, float]]) -> float:
-        (a, b), (c, d), (e, f) = corners
-        return abs((c - a) * (f - b) - (e - a) * (d - b))
-
-    if len({spread for _, spread in points}) == 1:
-        return min(points), max(points)
-    best = max(combinations(sorted(points), 3), key=area)
-    return best if area(best) else best[::2]
+def _area(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    """Of a triangle, times two, as a share of the rectangle around it."""
+    (ax, ay), (bx, by), (cx, cy) = a, b, c
+    doubled = abs((bx - ax) * (cy - ay) - (cx - ax) * (by - ay))
+    around = (max(ax, bx, cx) - min(ax, bx, cx)) * (max(ay, by, cy) - min(ay, by, cy))
+    return doubled / around if around else 0.0
 
 
 def _alike(a: Observation, b: Observation) -> bool:
