@@ -33,9 +33,9 @@ class Nowhere:
 
 def results(graph: StepGraph, inputs: Sequence[Any], scalars: Sequence[float | int]) -> list[Nowhere]:
     """What the outputs of `graph` are, whose inputs are `inputs`: host tensors, or Nowhere."""
-    known = [i.host if isinstance(i, Nowhere) else i for i in inputs]
+    known = [host for i in inputs if (host := i.host if isinstance(i, Nowhere) else i) is not None]
     small = len(graph.nodes) <= _OPERATORS and all(t.numel <= _ELEMENTS for t in graph.types)
-    if not small or any(value is None for value in known):
+    if not small or len(known) < len(inputs):
         return [Nowhere()] * len(graph.outputs)
     values = _computed(graph, dict(zip([i.id for i in graph.inputs], known, strict=True)), scalars)
     return [Nowhere(values[o.id]) for o in graph.outputs]
