@@ -7,7 +7,7 @@ Out: the cost model turns it into seconds and bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class Work:
     samples: float
 
     @staticmethod
-    def of(tasks: Sequence[Task], memory: Memory, samples: float) -> Work:
+    def of(tasks: Sequence[Task], memory: Memory = Memory(), samples: float = 1.0) -> Work:
         columns: dict[str, Any] = {}
         for at, name in enumerate(Task._fields):
             column: list[Any] = [task[at] for task in tasks]
@@ -125,3 +125,42 @@ class Sample:
     more: Work
     layers: int
     deeper: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Bytes on a device at each of many places of a step: `total`, and what of it are `gradients`. At all of them there
+    are `parameters`, and `states` that only the optimizer reads."""
+
+    total: np.ndarray
+    gradients: np.ndarray
+    parameters: float
+    states: float
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a Sample is made of, with memory at every place of the step instead of at its peak: `held` of the step with
+    few layers and `held_more` of the one with one more, at the same places."""
+
+    less: Work
+    more: Work
+    held: Held
+    held_more: Held
+    layers: int
+    deeper: int
+
+    def sample(self) -> Sample:
+        """The sample, at the place where the model holds the most."""
+        peak = int(np.argmax(self.held.total + self.deeper * (self.held_more.total - self.held.total)))
+        return Sample(
+            replace(self.less, memory=_memory(self.held, peak)),
+            replace(self.more, memory=_memory(self.held_more, peak)),
+            self.layers,
+            self.deeper,
+        )
+
+
+def _memory(held: Held, place: int) -> Memory:
+    total, gradients = float(held.total[place]), float(held.gradients[place])
+    return Memory(held.parameters, gradients, held.states, total - gradients - held.parameters - held.states)

@@ -123,6 +123,14 @@ class Deep:
         """Those of the values of `program`."""
         return self._typed(self._version)
 
+    def one_more(self) -> tuple[Program, Mapping[int, int]]:
+        """The program with one unit more, and for each of its values the one of the shallow program that it is like."""
+        return self._program(self._next), self._layers.like(self._next)
+
+    def places(self) -> list[int]:
+        """Where each instruction of the shallow program is in the one with a unit more, and what is behind the last."""
+        return [*self._layers.positions(1), len(self._next.records)]
+
     def is_sound(self) -> bool:
         """Whether the program with one layer more can be executed, and no message that is joined across layers becomes
         larger than messages are to be."""
@@ -152,10 +160,9 @@ class Deep:
         a run of layers it grows or shrinks evenly, so that the first and the last of them tell about all."""
         known = levels(self._shallow, self._types)
         more = levels(self._program(self._next), self._typed(self._next))
-        places = [*self._layers.positions(1), len(more) - 1]
         return max(
             here + (there - here) * self._deeper
-            for at, moved in enumerate(places)
+            for at, moved in enumerate(self.places())
             for here, there in zip(known[at], more[moved], strict=True)
         )
 
