@@ -18,9 +18,9 @@ from moai.lower.cleanup import uses
 from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.inputs import global_batch
 from moai.lower.lowering import Lowered, fitted, lowered
-from moai.lower.operators import BUILTINS
+from moai.lower.operators import BUILTINS, is_view
 from moai.lower.peak import levels
-from moai.lower.program import Program
+from moai.lower.program import Instruction, Program
 from moai.lower.tasks import bounds, shapes_of, tasks
 from moai.lower.values import largest_part
 from moai.plan.plan import Plan
@@ -59,7 +59,7 @@ def _of_whole(graph: StepGraph, whole: Lowered, samples: float, fused: bool) -> 
     batch = _batch(graph, whole.program)
     known = _Known(whole.program, whole.types, whole.phases, batch)
     work, held = _work(known, samples, fused), _held(known, range(len(whole.program.instructions) + 1))
-    return Observation(work, work, held, held, 0, 0)
+    return Observation(work, work, held, held, _handed(known), 0, 0)
 
 
 def _of_deep(less: Lowered, deep: Deep, few: Shallow, samples: float, fused: bool) -> Observation:
@@ -78,6 +78,7 @@ def _of_deep(less: Lowered, deep: Deep, few: Shallow, samples: float, fused: boo
         _work(there, samples, fused),
         _held(here, range(len(less.program.instructions) + 1)),
         _held(there, deep.places()),
+        _handed(here),
         min(each.count // each.weight for each in few.layers),
         few.deeper,
     )
@@ -95,11 +96,28 @@ def _held(known: _Known, places: Sequence[int]) -> Held:
     """What is held at each of the `places`, in each pass of a loop, and what of that are gradients."""
     by_place = levels(known.program, known.types)
     made, begin = _gradients(known), bounds(known.program, known.phases)[1]
-    parameters, states = _stored(known)
+    parameters, before, states = _stored(known)
     fresh = _fresh_states(known, begin)
-    rows = [(level + (fresh if at < begin else 0), made[at]) for at in places for level in by_place[at]]
+    ends = _loop_ends(known.program)
+    # In a later pass, all gradients are there.
+    rows = [
+        (level + (fresh if at < begin else 0), made[ends[at] if later else at])
+        for at in places
+        for later, level in enumerate(by_place[at])
+    ]
     held, gradients = np.array(rows, dtype=np.float64).T
-    return Held(held, gradients, parameters, states + fresh)
+    return Held(held, gradients, parameters, states + fresh, before)
+
+
+def _loop_ends(program: Program) -> list[int]:
+    """For each instruction, and what is behind the last, where the loop that it is in ends; or else itself."""
+    found = list(range(len(program.instructions) + 1))
+    end = None
+    for at in reversed(range(len(program.instructions))):
+        op = program.instructions[at].op
+        end = at if op == "end_repeat" else None if op == "repeat" else end
+        found[at] = at if end is None else end
+    return found
 
 
 def _fresh_states(known: _Known, begin: int) -> int:
@@ -113,25 +131,63 @@ def _fresh_states(known: _Known, begin: int) -> int:
 
 def _gradients(known: _Known) -> list[int]:
     """Bytes of the gradients that are there when each instruction ends, and behind the last one: of what the optimizer
-    reads that was not there before the step. None of it goes before the optimizer begins."""
+    reads that was not there before the step, or of the sums that become it, whichever is more. None of it goes before
+    the optimizer begins."""
     code = known.program.instructions
     begin = bounds(known.program, known.phases)[1]
     inputs = {s.id for s in known.program.inputs}
     read = {i for each in code[begin:] if each.op not in BUILTINS for i in uses(each)} - inputs
     lengths = shapes_of(known.program)
-    found, made = [], 0
+    found, made, added = [], 0, 0
     for at, instruction in enumerate(code):
+        sums = instruction.op == "accumulate"
         if at < begin or instruction.op in BUILTINS:
-            new = [o for o in flat_ids(instruction.outs) if o in read and o in known.types]
-            made += sum(math.prod(lengths[o]) * known.types[o].dtype.itemsize for o in new)
-        found.append(made)
-    return [*found, made]
+            new = [o for o in flat_ids(instruction.outs) if (sums or o in read) and o in known.types]
+            nbytes = sum(math.prod(lengths[o]) * known.types[o].dtype.itemsize for o in new)
+            made, added = made + nbytes * (not sums), added + nbytes * sums
+        found.append(max(made, added))
+    return [*found, max(made, added)]
 
 
-def _stored(known: _Known) -> tuple[int, int]:
-    """Bytes of parameters, and of what only the optimizer reads."""
+def _stored(known: _Known) -> tuple[int, int, int]:
+    """Bytes of parameters, of those that embeddings look up in, and of what only the optimizer reads."""
     code = known.program.instructions[: bounds(known.program, known.phases)[1]]
     early = {i for each in code for i in uses(each)}
+    tables = _tables(code)
     kept = {s.id: largest_part(s.type, s.placement) for s in known.program.inputs if s.id not in known.batch}
     parameters = sum(n for id_, n in kept.items() if id_ in early)
-    return parameters, sum(kept.values()) - parameters
+    before = sum(n for id_, n in kept.items() if id_ in tables)
+    return parameters, before, sum(kept.values()) - parameters
+
+
+def _tables(code: Sequence[Instruction]) -> set[int]:
+    """The values that embeddings look up in, and what these were gathered from."""
+    sources: dict[int, int] = {}
+    handles: dict[int, Sequence[int]] = {}
+    found = set()
+    for each in code:
+        if each.op == "all_gather_start":
+            handles[each.outs] = uses(each)
+        elif each.op == "wait" and each.args[0].id in handles:
+            sources.update(zip(flat_ids(each.outs), handles[each.args[0].id], strict=True))
+        elif each.op == "all_gather":
+            sources[each.outs] = each.args[0].id
+        elif each.op.split(".")[1:2] == ["embedding"]:
+            found.add(each.args[0].id)
+    return found | {sources[i] for i in found if i in sources}
+
+
+def _handed(known: _Known) -> float:
+    """Bytes that a layer gives to the next: the fewest that go on within the forward at any place in its middle."""
+    code = known.program.instructions[: bounds(known.program, known.phases)[0]]
+    lengths = shapes_of(known.program)
+    last = {i: at for at, each in enumerate(code) for i in uses(each)}
+    change = [0] * (len(code) + 1)
+    for at, each in enumerate(code):
+        for out in flat_ids(each.outs):
+            if last.get(out, at) > at and out in known.types and not is_view(each.op):
+                nbytes = math.prod(lengths[out]) * known.types[out].dtype.itemsize
+                change[at] += nbytes
+                change[last[out]] -= nbytes
+    going = np.cumsum(change)[len(code) // 4 : 3 * len(code) // 4]
+    return float(going.min()) if len(going) else 0.0

@@ -95,7 +95,8 @@ def _alike(a: Observation, b: Observation) -> bool:
 def _parts(observation: Observation) -> list[tuple[Any, str]]:
     """The fields with numbers, and whose they are."""
     works = [(work, name) for work in (observation.less, observation.more) for name in _MEASURES]
-    return [*works, *((h, f.name) for h in (observation.held, observation.held_more) for f in fields(h))]
+    helds = [(held, f.name) for held in (observation.held, observation.held_more) for f in fields(held)]
+    return [*works, *helds, (observation, "handed")]
 
 
 def _vector(observation: Observation) -> np.ndarray:
@@ -112,13 +113,14 @@ def _rebuilt(template: Observation, vector: np.ndarray) -> Observation:
         values.append(vector[at : at + length] if isinstance(old, np.ndarray) else float(vector[at]))
         at += length
     n, h = len(_MEASURES), len(fields(Held))
-    less, more, held, held_more = values[:n], values[n : 2 * n], values[2 * n : 2 * n + h], values[2 * n + h :]
+    less, more, held, held_more = values[:n], values[n : 2 * n], values[2 * n : 2 * n + h], values[2 * n + h : -1]
     return replace(
         template,
         less=replace(template.less, **dict(zip(_MEASURES, less, strict=True))),
         more=replace(template.more, **dict(zip(_MEASURES, more, strict=True))),
         held=Held(*held),
         held_more=Held(*held_more),
+        handed=values[-1],
     )
 
 

@@ -18,8 +18,9 @@ from moai.graph.step_graph import Phase
 KINDS = ("matmul", "attention", "stream", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 MESSAGES = KINDS[3:]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
-PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8")
-AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate")
+PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8", "fp4")
+# The last two are of published runs only: no plan shares a sequence ("cp") or experts ("ep").
+AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate", "cp", "ep")
 
 
 class Task(NamedTuple):
@@ -119,45 +120,57 @@ _TYPES: dict[str, type] = {
 class Sample:
     """The work of a step of a model with few layers (`less`, of which `layers` repeat), and of the same with one
     more (`more`). The model itself has `deeper` layers more than the first: each adds what the one more does. Where
-    no layers repeat, `layers` and `deeper` are 0, and `more` is `less`."""
+    no layers repeat, `layers` and `deeper` are 0, and `more` is `less`.
+
+    For pipeline stages. handed: bytes that a layer gives to the next for a micro-batch, on this device. before: what
+    is held for that which comes before the layers; where it is not known (None), the first stage is taken to hold as
+    much beside its layers as the last one."""
 
     less: Work
     more: Work
     layers: int
     deeper: int
+    handed: float = 0.0
+    before: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """Bytes on a device at each of many places of a step: `total`, and what of it are `gradients`. At all of them there
-    are `parameters`, and `states` that only the optimizer reads."""
+    are `parameters`, of which so many bytes come `before` the layers, and `states` that only the optimizer reads."""
 
     total: np.ndarray
     gradients: np.ndarray
     parameters: float
     states: float
+    before: float
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What a Sample is made of, with memory at every place of the step instead of at its peak: `held` of the step with
-    few layers and `held_more` of the one with one more, at the same places."""
+    few layers and `held_more` of the one with one more, at the same places. `handed`: as in Sample."""
 
     less: Work
     more: Work
     held: Held
     held_more: Held
+    handed: float
     layers: int
     deeper: int
 
     def sample(self) -> Sample:
         """The sample, at the place where the model holds the most."""
-        peak = int(np.argmax(self.held.total + self.deeper * (self.held_more.total - self.held.total)))
+        held = self.held
+        peak = int(np.argmax(held.total + self.deeper * (self.held_more.total - held.total)))
+        before = Memory(held.before, held.before, held.before * held.states / max(held.parameters, 1.0))
         return Sample(
-            replace(self.less, memory=_memory(self.held, peak)),
+            replace(self.less, memory=_memory(held, peak)),
             replace(self.more, memory=_memory(self.held_more, peak)),
             self.layers,
             self.deeper,
+            self.handed,
+            before,
         )
 
 
