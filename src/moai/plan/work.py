@@ -18,8 +18,9 @@ from moai.graph.step_graph import Phase
 KINDS = ("matmul", "attention", "stream", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 MESSAGES = KINDS[3:]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
-PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8")
-AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate")
+PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8", "fp4")
+# The last two are of published runs only: no plan shares a sequence ("cp") or experts ("ep").
+AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate", "cp", "ep")
 
 
 class Task(NamedTuple):
@@ -119,9 +120,15 @@ _TYPES: dict[str, type] = {
 class Sample:
     """The work of a step of a model with few layers (`less`, of which `layers` repeat), and of the same with one
     more (`more`). The model itself has `deeper` layers more than the first: each adds what the one more does. Where
-    no layers repeat, `layers` and `deeper` are 0, and `more` is `less`."""
+    no layers repeat, `layers` and `deeper` are 0, and `more` is `less`.
+
+    For pipeline stages. handed: bytes that a layer gives to the next for a micro-batch, on this device. before: what
+    is held for that which comes before the layers; where it is not known (None), the first stage is taken to hold as
+    much beside its layers as the last one."""
 
     less: Work
     more: Work
     layers: int
     deeper: int
+    handed: float = 0.0
+    before: Memory | None = None
