@@ -16,12 +16,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moai.dry.messages import Order
-from moai.dry.model import ModelStep
-from moai.dry.script import Failure
-from moai.dry.session import Captured
+from moai.dry.messages import ModelStep, Order
 from moai.platform.errors import AcceleratorError
+
+if TYPE_CHECKING:
+    from moai.dry.script import Failure
+    from moai.dry.session import Captured
 
 # A dry run has its own accelerator, whatever the environment says; and it is no experiment to be written down.
 _ENVIRONMENT = {"MOAI_CUDA": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", "WANDB_MODE": "disabled"}
@@ -50,16 +52,36 @@ def capture_model(step: ModelStep, memory_bytes: int, seconds: float, verbose: b
 def _run(order: Order, name: str, verbose: bool) -> Captured:
     with tempfile.TemporaryDirectory(prefix="moai-plan-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "order"
-        file.write_bytes(pickle.dumps(order))
+        file.write_text(order.text())
         with (Path(folder) / "output").open("w+b") as output:
-            status = _wait(_start(file, sys.stderr.fileno() if verbose else output.fileno(), os.environ), order, name)
+            process = _start(file, sys.stderr.fileno() if verbose else output.fileno(), os.environ)
+            try:
+                import moai.dry.session  # noqa: F401  # torch, while the other process imports it, too
+
+                status = _wait(process, order.seconds, name)
+            finally:
+                _end(process)
             result = file.with_suffix(".out")
-            ended = Failure(f"{name} ended before its first training step, with exit status {status}", False)
-            found = pickle.loads(result.read_bytes()) if result.exists() else ended
-            if isinstance(found, Captured):
-                return found
-            last = "" if found.explained else _last_line(output.fileno())
-            raise CaptureError(f"{found.text.removesuffix('.')}{last and '. The last line that it printed: '}{last}.")
+            if not result.exists():
+                text = f"{name} ended before its first training step, with exit status {status}"
+                raise _unexplained(text, output.fileno())
+            return _captured(pickle.loads(result.read_bytes()), output.fileno())
+
+
+def _captured(found: Captured | Failure, output: int) -> Captured:
+    from moai.dry.session import Captured
+
+    if isinstance(found, Captured):
+        return found
+    if not found.explained:
+        raise _unexplained(found.text, output)
+    raise CaptureError(f"{found.text.removesuffix('.')}.")
+
+
+def _unexplained(text: str, output: int) -> CaptureError:
+    """For an end that gives no reason: what was printed last may."""
+    last = _last_line(output)
+    return CaptureError(f"{text}.{' The last line that it printed: ' if last else ''}{last}")
 
 
 def _start(file: Path, output: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -71,19 +93,22 @@ def _start(file: Path, output: int, environ: Mapping[str, str]) -> subprocess.Po
     )
 
 
-def _wait(process: subprocess.Popen[bytes], order: Order, name: str) -> int:
-    """The exit status; nothing of the process is left then."""
+def _wait(process: subprocess.Popen[bytes], seconds: float, name: str) -> int:
+    """The exit status."""
     try:
-        return process.wait(order.seconds)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         raise CaptureError(
-            f"{name} took no training step within {order.seconds:.0f} s. If it needs longer to load its data, give it "
-            "more: --timeout SECONDS."
+            f"{name} took no training step within {seconds:.0f} s. If it needs longer to load its data, give it more: "
+            "--timeout SECONDS."
         ) from None
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its data loaders, too
-        process.wait(_GRACE_SECONDS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Nothing of the process is left, nor of its data loaders."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_GRACE_SECONDS)
 
 
 def _last_line(output: int) -> str:

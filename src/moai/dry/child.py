@@ -1,13 +1,12 @@
 """The process of a dry run: `python -m moai.dry.child FILE`.
 
-In: FILE, with a pickled `Order`. Out: FILE.out, with a pickled `Captured`, or a `Failure` that says why there is none.
+In: FILE, with an `Order`. Out: FILE.out, with a pickled `Captured`, or a `Failure` that says why there is none.
 The process ends there and then: what a script does at its end, it does not do here.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import threading
 import time
@@ -17,15 +16,15 @@ from typing import NoReturn
 import torch
 
 from moai.dry import model, script, weightless
-from moai.dry.messages import packed
-from moai.dry.model import ModelStep
+from moai.dry.messages import ModelStep, read
+from moai.dry.pickling import packed
 from moai.dry.session import DrySession
 
 _WATCH_SECONDS = 1.0
 
 
 def main(file: Path) -> NoReturn:
-    order = pickle.loads(file.read_bytes())
+    order = read(file.read_text())
     threading.Thread(target=_watch, args=(os.getppid(), order.seconds), daemon=True).start()
 
     def end(result: object) -> NoReturn:

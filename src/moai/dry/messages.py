@@ -1,45 +1,41 @@
-"""What a dry run's process and the one that started it tell each other, as files.
+"""What the one who wants a dry run tells its process, as a file. Nothing here imports torch, which both do at once.
 
-In and out: `Order`s one way, `Captured` or a `Failure` the other.
+In and out: an `Order`.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import asdict, dataclass
 
-import torch
 
-from moai.dry.model import ModelStep
+@dataclass(frozen=True, slots=True)
+class ModelStep:
+    """`model`: a folder with a config.json, such a file, or a name on the Hugging Face hub; `batch_size` samples of
+    `block_size` tokens; `dtype`: of the weights ("float32", ...), that of the config if None."""
+
+    model: str
+    batch_size: int
+    block_size: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to run: a script with its arguments, or a `ModelStep`. `memory_bytes`: of the accelerator; `seconds`: the
-    longest that it may take."""
+    """What to run: a script with its arguments, or a `ModelStep`. `memory_bytes`: of the accelerator that the script is
+    to believe in; `seconds`: the longest that it may take."""
 
     step: ModelStep | tuple[str, ...]
     memory_bytes: int
     seconds: float
 
-
-def packed(result: object) -> bytes:
-    """For `pickle.loads`."""
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(result)
-    return buffer.getvalue()
+    def text(self) -> str:
+        """For `read`."""
+        step = asdict(self.step) if isinstance(self.step, ModelStep) else self.step
+        return json.dumps([step, self.memory_bytes, self.seconds])
 
 
-class _Pickler(pickle.Pickler):
-    """Operators go by name."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch._ops.OpOverload):
-            return _operator, (value.namespace, value._schema.name.partition("::")[2], value._overloadname)
-        return NotImplemented
-
-
-def _operator(namespace: str, packet: str, overload: str) -> Any:
-    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+def read(text: str) -> Order:
+    """The order that `Order.text` has written."""
+    step, memory_bytes, seconds = json.loads(text)
+    return Order(ModelStep(**step) if isinstance(step, dict) else tuple(step), memory_bytes, seconds)

@@ -10,7 +10,6 @@ import os
 import socket
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,12 @@ import torch
 
 from moai.capture.recorder import Recorder
 from moai.capture.values import Value, record_of
+from moai.dry.messages import ModelStep
 from moai.dry.script import Failure, described
 from moai.dry.values import Nowhere
 from moai.dry.weightless import loaded_dtype
 
 _HUB_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStep:
-    """`model`: a folder with a config.json, such a file, or a name on the Hugging Face hub; `batch_size` samples of
-    `block_size` tokens; `dtype`: of the weights ("float32", ...), that of the config if None."""
-
-    model: str
-    batch_size: int
-    block_size: int
-    dtype: str | None = None
 
 
 def train(step: ModelStep, recorder: Recorder) -> None:
