@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moai.graph.step_graph import Phase
+if TYPE_CHECKING:
+    from moai.graph.step_graph import Phase  # commands read clusters, and do not wait for torch
 
 # Messages between devices come last.
 KINDS = ("matmul", "attention", "stream", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
