@@ -3,12 +3,13 @@
 In: a function that observes what a step costs under a plan, which takes a second, and plans that differ in nothing but
 in how many devices share the batch and into how many micro-batches it is cut. Out: a Sample of each of these, in a
 millisecond. On a device, every length is affine in its samples and in its part of the states; so are operations, bytes
-and messages, and what is held at any place of the step. Three observations tell about all.
+and messages, and what is held at any place of the step. Three observations tell about all,
+and two about those on a line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,70 +23,51 @@ Observe = Callable[[Plan], Observation]
 # What may differ between the plans of a family, in numbers; everything else of a Work has to be the same.
 _MEASURES = ("flops", "bytes", "m", "n", "k", "message")
 _TAGS = ("kind", "phase", "precision", "axis", "until", "looped", "recomputed", "first")
-_ENOUGH = 3
 
 
 class Family:
-    """`plans` of one structure, and a global batch of `batch` samples."""
+    """Plans of one structure, for a global batch of `batch` samples."""
 
-    def __init__(self, observe: Observe, plans: Iterable[Plan], batch: int) -> None:
+    def __init__(self, observe: Observe, batch: int) -> None:
         self._observe = observe
         self._batch = batch
-        self._points: dict[tuple[float, float], Plan] = {}
-        for plan in sorted(plans, key=lambda plan: plan.dp * plan.micro):
-            self._points.setdefault(self._point(plan), plan)
         self._observed: dict[tuple[float, float], Observation] = {}
-        self._coefficients: np.ndarray | None = None
-        self._template: Observation | None = None
 
     def sample(self, plan: Plan) -> Sample:
-        """The sample of one of the plans. Raises what observing it does."""
-        point = self._point(plan)
-        if point not in self._observed and self._coefficients is None and len(self._points) > _ENOUGH:
-            self._fit()
-        if self._coefficients is None or point in self._observed:
-            return self._seen(point, plan).sample()
-        assert self._template is not None
-        vector = np.array([1.0, *point]) @ self._coefficients
-        found = _rebuilt(self._template, np.maximum(vector, 0.0))
-        return replace(found, less=_of(found.less, point), more=_of(found.more, point)).sample()
+        """The sample of one of the plans: observed, if it does not follow from what was observed before. Raises what
+        observing it does."""
+        known = self.known(plan)
+        if known is not None:
+            return known
+        self._observed[self._point(plan)] = found = self._observe(plan)
+        return found.sample()
 
-    def _anchors(self) -> list[tuple[float, float]]:
-        """Three points that span a triangle, or two where all lie on a line: those with the fewest parts, which are
-        lowered the fastest."""
-        first, second, *others = sorted(
-            self._points, key=lambda point: self._points[point].dp * self._points[point].micro
-        )
-        third = next((point for point in others if _area(first, second, point)), None)
-        return [first, second] if third is None else [first, second, third]
+    def known(self, plan: Plan) -> Sample | None:
+        """The sample of a plan, if it follows from what was observed."""
+        point = self._point(plan)
+        found = self._observed.get(point) or self._follows(point)
+        return None if found is None else found.sample()
 
     def _point(self, plan: Plan) -> tuple[float, float]:
         """Samples in a micro-batch on a device, and a device's part of the states that are spread."""
         spread = plan.shard or plan.dp if plan.distribute_param else 1
         return self._batch / (plan.dp * plan.micro), 1.0 / spread
 
-    def _seen(self, point: tuple[float, float], plan: Plan) -> Observation:
-        if point not in self._observed:
-            self._observed[point] = self._observe(plan)
-        return self._observed[point]
-
-    def _fit(self) -> None:
-        anchors = self._anchors()
-        seen = [self._seen(point, self._points[point]) for point in anchors]
-        if any(not _alike(seen[0], other) for other in seen[1:]):
-            self._points = {}  # each on its own
-            return
-        known = np.array([[1.0, *point] for point in anchors])
-        self._coefficients = np.linalg.pinv(known) @ np.stack([_vector(each) for each in seen])
-        self._template = seen[0]
-
-
-def _area(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    """Of a triangle, times two, as a share of the rectangle around it."""
-    (ax, ay), (bx, by), (cx, cy) = a, b, c
-    doubled = abs((bx - ax) * (cy - ay) - (cx - ax) * (by - ay))
-    around = (max(ax, bx, cx) - min(ax, bx, cx)) * (max(ay, by, cy) - min(ay, by, cy))
-    return doubled / around if around else 0.0
+    def _follows(self, point: tuple[float, float]) -> Observation | None:
+        """What observing `point` would give, where it lies in the plane, or on the line, of points that are known."""
+        known = list(self._observed)
+        if len(known) < 2:
+            return None
+        corners = np.array([[1.0, *each] for each in known]).T
+        weights, *_ = np.linalg.lstsq(corners, np.array([1.0, *point]))
+        if not np.allclose(corners @ weights, [1.0, *point], rtol=1e-9, atol=1e-12):
+            return None
+        first, *others = self._observed.values()
+        if not all(_alike(first, other) for other in others):
+            return None
+        vector = weights @ np.stack([_vector(each) for each in self._observed.values()])
+        found = _rebuilt(first, np.maximum(vector, 0.0))
+        return replace(found, less=_of(found.less, point), more=_of(found.more, point))
 
 
 def _alike(a: Observation, b: Observation) -> bool:

@@ -13,18 +13,20 @@ again, or gathers more often, is only asked where the one before it does not fit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moai.plan.cluster import Cluster
 from moai.plan.cost import Prediction, predict
 from moai.plan.errors import PlanError
 from moai.plan.family import Family, Observe
-from moai.plan.plan import Plan
-from moai.plan.space import Allowed, layouts, variants
+from moai.plan.plan import Plan, Recompute
+from moai.plan.space import RECOMPUTE, Allowed, layouts, variants
 from moai.plan.timings import Timings, groups
-from moai.plan.work import Sample, Work
+from moai.plan.work import Memory, Sample, Work
+
+# Of the time that computing again takes, so much is left at least where micro-batches are larger.
+_LARGER_MATRICES = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +103,22 @@ class _Search:
         self._step, self._cluster, self._timings = step, cluster, timings
         self._budget, self._allowed = budget_bytes, allowed
         self._layouts = [each for each in layouts(cluster.n_devices, step.batch, base.precision) if _any(each, allowed)]
-        self._families = _families(self._layouts, step)
+        self._families: dict[Plan, Family] = {}
         self._best = float("inf")
+        self._again: dict[Recompute, float] = {}  # device seconds of a step
         self._found: list[Candidate] = []
+        self._fitting: dict[tuple[int, ...], list[Plan]] = {}  # by layout
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
         """All candidates, those that can be taken first, the fastest first."""
         bounds = sorted(self._bounds(), key=lambda found: found[0].least_s)
-        for done, (bound, layout) in enumerate(bounds):
-            progress(done, len(bounds))
-            for plan in self._variants(layout):
-                self._consider(plan, bound)
+        # What computes nothing again is mostly the fastest, and the sooner the fastest is known the less is asked.
+        for level in RECOMPUTE:
+            for done, (bound, layout) in enumerate(bounds):
+                progress(done, len(bounds))
+                for plan in self._variants(layout):
+                    if plan.recompute == level:
+                        self._consider(plan, bound)
         return sorted(self._found, key=_order)
 
     def _variants(self, layout: Plan) -> Iterator[Plan]:
@@ -126,38 +133,49 @@ class _Search:
                 self._found += [Candidate(plan, None, reason, plan.pp == 1) for plan in self._variants(layout)]
 
     def _bound(self, layout: Plan) -> _Bound:
-        found = self._timed(self._least_work(layout), layout)
-        parts, memory = found.parts, found.memory
+        sample = self._least_work(layout)
+        found = self._timed(sample, layout)
+        parts = found.parts
         free = parts.dp_exposed + parts.slowdown + parts.optimizer * (1 - 1 / layout.dp)
-        return _Bound(found.step_s - free, (memory.parameters + memory.states) / layout.dp)
+        return _Bound(found.step_s - free, found.memory, _kept(sample, layout))
 
     def _least_work(self, layout: Plan) -> Sample:
         """No device does less than this."""
         few = replace(
             layout, tp=min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
         )
-        for plan in (replace(few, dp=2), few):  # sums over one device take no time
-            family = self._families.get(_structure(plan))
-            if family is not None:
-                with suppress(PlanError, RuntimeError):
-                    return _shared(family.sample(few), layout.tp // few.tp)
-        return self._families[_structure(layout)].sample(layout)
+        try:
+            return _shared(self._sample(few), layout.tp // few.tp)
+        except (PlanError, RuntimeError):
+            if few == layout:
+                raise
+            return self._sample(layout)
+
+    def _sample(self, plan: Plan) -> Sample:
+        """What stages do is read off the program of one that has all layers."""
+        plan = replace(plan, pp=1)
+        family = self._families.setdefault(_structure(plan), Family(self._step.observe, self._step.batch))
+        return family.sample(plan)
 
     def _predicted(self, plan: Plan) -> Prediction:
-        return self._timed(self._families[_structure(plan)].sample(plan), plan)
+        return self._timed(self._sample(plan), plan)
 
     def _timed(self, sample: Sample, plan: Plan) -> Prediction:
         return predict(sample, plan, self._timings, groups(plan, self._cluster))
 
     def _consider(self, plan: Plan, bound: _Bound) -> None:
-        self._found.append(self._judged(plan, bound))
+        found = self._judged(plan, bound)
+        self._found.append(found)
+        if found.dropped is None:
+            self._fitting.setdefault((plan.dp, plan.tp, plan.pp, plan.micro), []).append(plan)
 
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
         runnable = plan.pp == 1
-        if bound.least_s >= self._best:
-            return Candidate(plan, None, f"slower: {bound.least_s:.3g} s or more", runnable)
-        if bound.least_bytes > self._budget:
-            return Candidate(plan, None, f"memory: {_size(bound.least_bytes)} or more", runnable)
+        least_s = bound.least_s + self._again_s(plan)
+        if least_s >= self._best:
+            return Candidate(plan, None, f"slower: {least_s:.3g} s or more", runnable)
+        if bound.least_bytes(plan) > self._budget:
+            return Candidate(plan, None, f"memory: {_size(bound.least_bytes(plan))} or more", runnable)
         lighter = self._without_need(plan)
         if lighter is not None:
             return Candidate(plan, None, f'slower than "{lighter}", which fits', runnable)
@@ -165,28 +183,44 @@ class _Search:
             prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
             return Candidate(plan, None, error.reason if isinstance(error, PlanError) else str(error), runnable)
+        self._note(plan, prediction)
         if prediction.memory.total > self._budget:
             return Candidate(plan, prediction, f"memory: {_size(prediction.memory.total)}", runnable)
         if runnable:
             self._best = min(self._best, prediction.step_s)
         return Candidate(plan, prediction, None, runnable)
 
+    def _again_s(self, plan: Plan) -> float:
+        """What computing again takes at least: as much as was seen where no matrix was split, shared by all."""
+        return self._again.get(plan.recompute, 0.0) / plan.n_devices
+
+    def _note(self, plan: Plan, prediction: Prediction) -> None:
+        if plan.tp == plan.pp == 1:
+            seen = prediction.parts.recompute * plan.dp * _LARGER_MATRICES
+            self._again[plan.recompute] = min(seen, self._again.get(plan.recompute, seen))
+
     def _without_need(self, plan: Plan) -> Plan | None:
         """A plan that fits, and does all that `plan` does but for computing again and gathering again."""
-        for other in reversed(self._found):
-            if other.dropped is None and _does_less(other.plan, plan):
-                return other.plan
-            if (other.plan.dp, other.plan.tp, other.plan.pp) != (plan.dp, plan.tp, plan.pp):
-                return None
-        return None
+        fitting = self._fitting.get((plan.dp, plan.tp, plan.pp, plan.micro), [])
+        return next((other for other in fitting if _does_less(other, plan)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """No variant of a layout is faster than `least_s`, and none needs less on a device than `least_bytes`."""
+    """No variant of a layout is faster than `least_s`. `memory`: what a device holds where nothing is spread or
+    computed again; `kept`: bytes of activations that are held even where all is computed again."""
 
     least_s: float
-    least_bytes: float
+    memory: Memory
+    kept: float
+
+    def least_bytes(self, plan: Plan) -> float:
+        """What a device holds at least. Spreading leaves activations as they are; and gradients are as large as
+        parameters when the last of them is made."""
+        spread = plan.dp if plan.distribute_param else 1
+        stored = (self.memory.parameters + self.memory.states) / spread
+        activations = self.memory.activations if plan.recompute == "none" else self.kept
+        return stored + max(activations, self.memory.parameters / spread)
 
 
 def _shared(sample: Sample, among: int) -> Sample:
@@ -196,6 +230,14 @@ def _shared(sample: Sample, among: int) -> Sample:
         return replace(work, flops=work.flops / among, bytes=work.bytes / among, memory=work.memory * (1 / among))
 
     return replace(sample, less=part(sample.less), more=part(sample.more))
+
+
+def _kept(sample: Sample, layout: Plan) -> float:
+    """Bytes of a layout's activations that are held whatever is computed again: what goes into layers, and what lies
+    beside them where the backward begins."""
+    inside = sample.more.memory.activations - sample.less.memory.activations
+    beside = max(0.0, sample.less.memory.activations - sample.layers * inside) if layout.pp == 1 else 0.0
+    return beside + sample.handed / layout.tp * (sample.layers + sample.deeper) / layout.pp
 
 
 def _does_less(other: Plan, plan: Plan) -> bool:
@@ -211,16 +253,7 @@ def _any(layout: Plan, allowed: Allowed) -> bool:
 
 def _structure(plan: Plan) -> Plan:
     """Plans with the same one are lowered to programs that differ in lengths alone."""
-    return replace(plan, dp=min(plan.dp, 2), pp=1, micro=2 if plan.micro > 1 else 1)
-
-
-def _families(all_layouts: Iterable[Plan], step: Step) -> dict[Plan, Family]:
-    """By structure. What stages do is read off the program of one that has all layers."""
-    members: dict[Plan, list[Plan]] = {}
-    for layout in all_layouts:
-        for plan in variants(layout):
-            members.setdefault(_structure(plan), []).append(replace(plan, pp=1))
-    return {structure: Family(step.observe, plans, step.batch) for structure, plans in members.items()}
+    return replace(plan, dp=min(plan.dp, 2), micro=2 if plan.micro > 1 else 1)
 
 
 def _order(candidate: Candidate) -> tuple[object, ...]:
