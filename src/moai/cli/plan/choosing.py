@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -50,20 +51,26 @@ class Planner:
         graph = captured.graph
         self._step = Step(_observing(graph), global_batch(graph, [None] * len(graph.inputs)), tokens(graph))
 
-    def choose(self, target: Target, more: Mapping[str, Any] | None = None) -> Choice:
-        """The best plan that has the restricted keys, and those of `more`. Raises NoPlan."""
+    def choose(self, target: Target, more: Mapping[str, Any] | None = None, until: float = float("inf")) -> Choice:
+        """The best plan that has the restricted keys, and those of `more`. Raises NoPlan, and TimeoutError when
+        time.monotonic() has come to `until`."""
+
+        def progress(*_: int) -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
         fixed = {**self._restricted, **(more or {})}
         precision = fixed.pop("precision", None) or _precision(self._options, target)
         if level := fixed.pop("recompute", None):
             fixed["recompute"] = (level,)
         allowed = replace(Allowed() if self._options is None else Allowed.by(self._options), **fixed)
         timings, base = Described(target.cluster), Plan(precision=precision)
-        return search(self._step, target.cluster, timings, target.budget_bytes, allowed, base)
+        return search(self._step, target.cluster, timings, target.budget_bytes, allowed, base, progress)
 
-    def fits(self, target: Target) -> bool:
-        """Whether the step can be run on `target` at all."""
+    def fits(self, target: Target, until: float) -> bool:
+        """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
         try:
-            self.choose(target, {} if "recompute" in self._restricted else {"recompute": "full"})
+            self.choose(target, {} if "recompute" in self._restricted else {"recompute": "full"}, until)
         except NoPlan:
             return False
         return True
@@ -115,11 +122,8 @@ def _refused(
 def _smallest(planner: Planner, targets: Sequence[Target]) -> Target | None:
     """The first of `targets` that the step fits; None if there is none, or that takes too long to find out."""
     until = time.monotonic() + _FLAVOR_SECONDS
-    for target in targets:
-        if time.monotonic() > until:
-            return None
-        if planner.fits(target):
-            return target
+    with suppress(TimeoutError):
+        return next((target for target in targets if planner.fits(target, until)), None)
     return None
 
 

@@ -79,11 +79,12 @@ def matches(plan: Plan, wanted: Mapping[str, Any]) -> bool:
 
 def seconds(value: float) -> str:
     """A time, as people say it."""
-    if value >= 100:
+    if value >= 99.995:
         return f"{value:,.0f} s"
-    if value >= 1:
+    rounded = float(f"{value:.3g}")
+    if rounded >= 1:
         return f"{value:.2f} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+    return f"{rounded * 1e3:.3g} ms" if rounded >= 1e-3 else f"{rounded * 1e6:.3g} us"
 
 
 def size(nbytes: float) -> str:
