@@ -4,6 +4,7 @@ Every test runs a script in a process of its own, as the command does.
 """
 
 import json
+import subprocess
 import sys
 import time
 
@@ -22,6 +23,16 @@ import torch
 model = torch.nn.Sequential(torch.nn.Linear(2000, 600_000), torch.nn.ReLU(), torch.nn.Linear(600_000, 10))
 model.cuda()
 optimizer = torch.optim.Adam(model.parameters())
+"""
+PRINT_GRAPHS = """
+import runpy, sys
+from moai.session import Session
+execute = Session._execute
+def told(self, segment):
+    print(segment.graph)
+    return execute(self, segment)
+Session._execute = told
+runpy.run_path(sys.argv[1], run_name="__main__")
 """
 TINY = {
     "model_type": "qwen2",
@@ -78,6 +89,29 @@ finally:
     batch = [found.graph.types[i.id].shape for i in found.graph.inputs if i.batch]
     assert (batch, found.graph.trains, found.batches) == ([(64, 2000)], True, 1)
     assert [path.name for path in folder.iterdir()] == ["script.py"]
+
+
+def test_the_graph_is_that_of_a_real_run(folder, monkeypatch):
+    model = "torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.LayerNorm(32), torch.nn.Linear(32, 100))"
+    text = f"""
+import torch
+model = {model}
+model[0].weight.data.normal_()
+model.half().float().cuda()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+tokens = torch.arange(64).view(4, 16)
+if tokens.cuda().max() < 100:
+    loss = torch.nn.functional.cross_entropy(model(tokens.cuda()).flatten(0, 1), tokens.cuda().flatten())
+    loss.backward()
+    optimizer.step()
+    print(loss.item())
+"""
+    graph = captured(folder, text).graph
+    monkeypatch.setenv("MOAI_DEVICES", "1")
+    monkeypatch.setenv("MOAI_CUDA", "1")
+    command = [sys.executable, "-c", PRINT_GRAPHS, str(folder / "script.py")]
+    real = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert str(graph) in real.stdout, real.stderr
 
 
 def test_weights_take_no_memory_and_no_time(folder):
