@@ -148,6 +148,18 @@ optimizer.step()
     assert found.graph is found.graphs[0]
 
 
+def test_a_step_right_before_the_end_of_the_script_is_captured(folder):
+    text = """
+def main():
+    model = torch.nn.Linear(64, 64).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(8, 64).cuda()).sum().backward()
+    optimizer.step()
+main()
+"""
+    assert captured(folder, "import torch\n" + text).graph.trains
+
+
 def test_what_follows_from_the_scripts_data_is_known(folder):
     text = """
 mask = torch.ones(64, 2000, dtype=torch.bool).cuda()
@@ -212,7 +224,6 @@ Trainer(model, settings, train_dataset=rows).train()
 """
     found = captured(folder, text)
     assert found.graph.trains
-    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("spread", [{}, {"dtype": "bfloat16"}])
