@@ -1,7 +1,6 @@
 """`moai plan`: what is asked, and what is shown."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,7 +9,7 @@ from moai.cli import app
 from moai.cli.plan import figures, page, report, schedule
 from moai.cli.plan.arguments import separated
 from moai.cli.plan.choosing import Chosen
-from moai.cli.plan.request import Target, budget, offered
+from moai.cli.plan.request import Target, budget, others
 from moai.dry.session import Captured
 from moai.graph.step_graph import StepGraph
 from moai.plan import cluster_file
@@ -127,11 +126,10 @@ def test_a_plan_may_use_eighty_percent_of_a_device_or_what_the_variable_says():
     assert (budget(CLUSTER, {}), budget(CLUSTER, ratio)) == (memory * 80 // 100, memory * 70 // 100)
 
 
-def test_the_flavors_beside_one_are_those_of_its_hardware_the_smallest_first(cluster, monkeypatch):
-    target = Target("8xLarge.4096GB", CLUSTER, True, 0)
-    names = [each.name for each in offered(target, {})]
-    assert (names[0], names[-1], "8xLarge.4096GB" in names) == ("Small.64GB", "48xLarge.24576GB", True)
-    assert offered(replace(target, is_flavor=False), {}) == []
+def test_other_sizes_are_the_flavors_of_the_hardware_and_multiples_beyond(cluster):
+    names = [each.name for each in others(Target("8xLarge.4096GB", CLUSTER, True, 0), {})]
+    assert (names[0], names[12], names[-1]) == ("Small.64GB", "48xLarge.24576GB", "6144 x AMD Instinct MI250")
+    assert [each.cluster.n_devices for each in others(Target("mi250:8", CLUSTER, False, 0), {})] == [16, 32, 64, 128]
 
 
 # ---------------------------------------------------------------- what is shown
@@ -310,11 +308,15 @@ def test_what_is_set_is_kept(model, says):
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_needs(model, home, capsys):
     text = cluster_file.SHIPPED.joinpath("mi250.toml").read_text()
-    (home / "small.toml").write_text(text.replace("memory_gib = 63.98", "memory_gib = 0.01"))
-    big = [*model[:2], "--batch-size", "800000", *model[4:]]
-    assert app.main(["plan", *big, "--cluster", "small.toml"]) == 1
+    small = text.replace("memory_gib = 63.98", "memory_gib = 0.01").replace(
+        "devices_per_node = 8", "devices_per_node = 1"
+    )
+    (home / "small.toml").write_text(small)
+    big = [*model[:2], "--batch-size", "512", "--block-size", "64"]
+    assert app.main(["plan", *big, "--cluster", "small.toml", "--set", "micro=1"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "No plan fits" in err and "needs the least memory" in err
+    assert "The smallest size that would do: " in err
 
 
 def test_a_script_is_planned_with_our_options_behind_its_own(home, monkeypatch, says):

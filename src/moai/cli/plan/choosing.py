@@ -94,37 +94,39 @@ def choose(
     restricted: Mapping[str, Any],
     why: Mapping[str, Any] | None,
 ) -> Chosen:
-    """The plan for `target`. `others`: the flavors like it, the smallest first. Raises AcceleratorError where there is
-    none, which says what would do."""
+    """The plan for `target`. `others`: the same hardware in other sizes, the smallest first. Raises AcceleratorError
+    where there is no plan, which says what would do."""
     planner = Planner(captured, restricted)
     try:
         choice = planner.choose(target)
     except NoPlan as error:
         larger = [t for t in others if t.cluster.n_devices > target.cluster.n_devices]
-        raise AcceleratorError(_refused(error, target, restricted, _smallest(planner, larger), larger)) from None
-    smaller = [t for t in others if t.cluster.n_devices < target.cluster.n_devices]
-    smallest = _smallest(planner, [*smaller, target]) if target.is_flavor else None
+        advice = _advice(planner, larger, bool(restricted))
+        raise AcceleratorError(f"{target.name}: {error.reason.removesuffix('.')}.{advice}") from None
+    smallest = None
+    if target.is_flavor:
+        smaller = [t for t in others if t.cluster.n_devices < target.cluster.n_devices]
+        with suppress(TimeoutError):
+            smallest = _smallest(planner, [*smaller, target])
     name = None if smallest is None else smallest.name
     return Chosen(choice, target, captured, name, _alternative(planner, choice, target, why))
 
 
-def _refused(
-    error: NoPlan, target: Target, restricted: Mapping[str, Any], larger: Target | None, asked: Sequence[Target]
-) -> str:
-    text = f"{target.name}: {error.reason.removesuffix('.')}."
-    if larger is not None:
-        return f"{text} The smallest flavor that would do is {larger.name}."
-    if restricted:
-        return f"{text} Without --set there may be one."
-    return f"{text} No flavor is large enough." if asked else text
+def _advice(planner: Planner, larger: Sequence[Target], restricted: bool) -> str:
+    """What else could be done where no plan fits."""
+    try:
+        found = _smallest(planner, larger)
+    except TimeoutError:
+        return ""
+    if found is not None:
+        return f" The smallest size that would do: {found.name}."
+    return " Without --set there may be one." if restricted else f" Nor would {larger[-1].name} do."
 
 
 def _smallest(planner: Planner, targets: Sequence[Target]) -> Target | None:
-    """The first of `targets` that the step fits; None if there is none, or that takes too long to find out."""
+    """The first of `targets` that the step fits, if there is one. Raises TimeoutError if that takes too long."""
     until = time.monotonic() + _FLAVOR_SECONDS
-    with suppress(TimeoutError):
-        return next((target for target in targets if planner.fits(target, until)), None)
-    return None
+    return next((target for target in targets if planner.fits(target, until)), None)
 
 
 def _alternative(planner: Planner, choice: Choice, target: Target, why: Mapping[str, Any] | None) -> Candidate | None:

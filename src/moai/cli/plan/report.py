@@ -5,9 +5,11 @@ In: a `Chosen`. Out: something that `reports.show` prints; a dictionary for `jso
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,7 @@ from moai.cli import reports
 from moai.cli.plan import figures
 from moai.cli.plan.choosing import Chosen, ratio
 from moai.cli.plan.figures import seconds, size
+from moai.graph.step_graph import StepGraph
 from moai.plan.cost import Prediction
 from moai.plan.search import Candidate
 
@@ -42,6 +45,7 @@ def _summary(chosen: Chosen, prediction: Prediction) -> Text:
     lines = [
         f"{chosen.target.name}: {cluster.n_devices} x {cluster.device.name}, {size(cluster.device.memory_bytes)} each, "
         f"{cluster.nodes} node(s). A step of {choice.batch:,} samples{_of_tokens(choice.tokens)}.",
+        *_weights(chosen.captured.graph),
         "",
         f"Plan       {choice.best.plan}",
         f"           {choice.best.plan.line}",
@@ -61,6 +65,18 @@ def _summary(chosen: Chosen, prediction: Prediction) -> Text:
             "Note       the script does not ask for this plan yet: torch.moreh.option.enable_advanced_parallelization()"
         )
     return Text("\n".join(lines))
+
+
+def _weights(graph: StepGraph) -> list[str]:
+    """How many states the step finds, which at the first one are the weights, and of which type most of them are."""
+    found: Counter[torch.dtype] = Counter()
+    for input_ in graph.inputs:
+        if not input_.batch:
+            found[graph.types[input_.id].dtype] += graph.types[input_.id].numel
+    if not found:
+        return []
+    most, _ = found.most_common(1)[0]
+    return [f"Weights: {found.total():,} numbers, {str(most).removeprefix('torch.')}."]
 
 
 def _of_tokens(tokens: int) -> str:

@@ -20,6 +20,7 @@ from moai.platform.errors import AcceleratorError
 
 RATIO = "MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO"
 _DEFAULT_RATIO = 80  # percent
+_MULTIPLES = (2, 4, 8, 16)  # of the largest size, that a step is tried on which fits nowhere else
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +103,21 @@ def budget(cluster: Cluster, environ: Mapping[str, str]) -> int:
     return cluster.device.memory_bytes * int(text) // 100
 
 
-def offered(target: Target, environ: Mapping[str, str]) -> list[Target]:
-    """The flavors of the target's hardware, the smallest first; none where it is no flavor."""
-    if not target.is_flavor:
-        return []
+def others(target: Target, environ: Mapping[str, str]) -> list[Target]:
+    """The same hardware in other sizes, the smallest first: flavors, if it is one, and multiples beyond them."""
+    flavored = _flavors(target, environ) if target.is_flavor else []
+    most = max([target, *flavored], key=lambda each: each.cluster.n_devices).cluster
+    multiples = [cluster_file.with_devices(most, most.n_devices * times) for times in _MULTIPLES]
+    beyond = [Target(f"{c.n_devices} x {c.device.name}", c, False, budget(c, environ)) for c in multiples]
+    return [*flavored, *beyond]
+
+
+def _flavors(target: Target, environ: Mapping[str, str]) -> list[Target]:
     machine = pool.probe(environ)
-    examples = {**environ, "MOAI_CONFIG": str(clusters.EXAMPLE)}
-    for where in (environ, examples):
+    for where in (environ, {**environ, "MOAI_CONFIG": str(clusters.EXAMPLE)}):
         known = flavors.available(machine, where)
         if flavors.find(target.name, known):
-            found = {f.name: clusters.of_flavor(f, machine, where) for f in known}
-            return sorted(
-                (Target(name, c, True, budget(c, environ)) for name, c in found.items()),
-                key=lambda each: each.cluster.n_devices,
-            )
+            described = {f.name: clusters.of_flavor(f, machine, where) for f in known}
+            found = [Target(name, cluster, True, budget(cluster, environ)) for name, cluster in described.items()]
+            return sorted(found, key=lambda each: each.cluster.n_devices)
     return []

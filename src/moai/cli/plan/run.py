@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from moai.cli import reports
-from moai.cli.plan.request import Request, offered
+from moai.cli.plan.request import Request, others
 from moai.dry.capture import capture_model, capture_script
 from moai.dry.messages import ModelStep
 from moai.platform.progress import Waiting
@@ -35,8 +35,8 @@ def plan(
     from moai.cli.plan.choosing import choose
 
     with Waiting("Searching for the best plan"):
-        others = offered(request.target, environ)
-        chosen = choose(captured, request.target, others, request.restricted, request.why)
+        sizes = others(request.target, environ)
+        chosen = choose(captured, request.target, sizes, request.restricted, request.why)
     if request.html is not None:
         page.write(chosen, request.html)
     if in_json:
