@@ -6,18 +6,19 @@ with one more. Of a deep model no more than those few layers are lowered.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from moai.graph.placement import Placement
-from moai.graph.step_graph import StepGraph, TensorType, flat_ids
+from moai.graph.step_graph import Output, StepGraph, TensorType, flat_ids
 from moai.lower.cleanup import uses
-from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
+from moai.lower.depth.steps import with_units
 from moai.lower.inputs import global_batch
-from moai.lower.lowering import Lowered, fitted, lowered
+from moai.lower.lowering import fitted, lowered
 from moai.lower.operators import BUILTINS, is_view
 from moai.lower.peak import levels
 from moai.lower.program import Instruction, Program
@@ -26,15 +27,29 @@ from moai.lower.values import largest_part
 from moai.plan.plan import Plan
 from moai.plan.work import Held, Observation, Work
 
+# Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them.
+_UNITS = 3
+
 
 @dataclass(frozen=True)
 class _Known:
-    """A program, with what is known of its values, and which inputs are data."""
+    """A program, with what is known of its values, and which inputs are data. `begins`: of backward and optimizer.
+    `fresh`: bytes of states that this step makes and the next finds."""
 
     program: Program
     types: Mapping[int, TensorType]
     phases: Mapping[int, str]
     batch: frozenset[int]
+    begins: tuple[int, int]
+    fresh: int
+
+    @staticmethod
+    def of(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> _Known:
+        found = lowered(graph, plan, given)
+        batch = [slot.id for slot, each in zip(found.program.inputs, graph.inputs, strict=True) if each.batch]
+        program, phases = found.program, found.phases
+        fresh = _fresh_states(graph, phases, program)
+        return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh)
 
 
 def observe(
@@ -47,66 +62,36 @@ def observe(
     given = [None] * len(graph.inputs) if given is None else given
     plan = fitted(graph, plan, given)
     samples = global_batch(graph, given) / (plan.dp * plan.micro)
-    for few in shallow(graph, given, plan):
-        less = lowered(few.graph, plan, few.given)
-        deep = deepened(less.program, less.types, replace(few, deeper=1))
-        if deep is not None:
-            return _of_deep(less, deep, few, samples, fused)
-    return _of_whole(graph, lowered(graph, plan, given), samples, fused)
-
-
-def _of_whole(graph: StepGraph, whole: Lowered, samples: float, fused: bool) -> Observation:
-    batch = _batch(graph, whole.program)
-    known = _Known(whole.program, whole.types, whole.phases, batch)
-    work, held = _work(known, samples, fused), _held(known, range(len(whole.program.instructions) + 1))
-    return Observation(work, work, held, held, _handed(known), 0, 0)
-
-
-def _of_deep(less: Lowered, deep: Deep, few: Shallow, samples: float, fused: bool) -> Observation:
-    program, like = deep.one_more()
-    types = {new: less.types[old] for new, old in like.items() if old in less.types}
-    phases, batch = less.phases, _batch(few.graph, less.program)
-    here = _Known(less.program, less.types, phases, batch)
-    there = _Known(
-        program,
-        types,
-        {new: phases[old] for new, old in like.items() if old in phases},
-        frozenset(new for new, old in like.items() if old in batch),
-    )
-    return Observation(
-        _work(here, samples, fused),
-        _work(there, samples, fused),
-        _held(here, range(len(less.program.instructions) + 1)),
-        _held(there, deep.places()),
-        _handed(here),
-        min(each.count // each.weight for each in few.layers),
-        few.deeper,
-    )
-
-
-def _batch(graph: StepGraph, program: Program) -> frozenset[int]:
-    return frozenset(slot.id for slot, input_ in zip(program.inputs, graph.inputs, strict=True) if input_.batch)
+    few, more = (with_units(graph, given, units) for units in (_UNITS, _UNITS + 1))
+    if few is None or more is None:
+        whole = _Known.of(graph, plan, given)
+        work, held = _work(whole, samples, fused), _held(whole)
+        return Observation(work, work, held, held, _handed(whole), 0, 0)
+    here, there = (_Known.of(each.graph, plan, each.given) for each in (few, more))
+    less, greater = (_work(known, samples, fused) for known in (here, there))
+    return Observation(less, greater, _held(here), _held(there), _handed(here), _UNITS, few.deeper)
 
 
 def _work(known: _Known, samples: float, fused: bool) -> Work:
     return Work.of(tasks(known.program, known.types, known.phases, fused), samples=samples)
 
 
-def _held(known: _Known, places: Sequence[int]) -> Held:
-    """What is held at each of the `places`, in each pass of a loop, and what of that are gradients."""
+def _held(known: _Known) -> Held:
+    """What is held at the most in each stretch of the step, and what of that are gradients. With more layers, what is
+    held at such a place grows evenly: in the middle of a phase, no more is held than at one of its ends."""
     by_place = levels(known.program, known.types)
-    made, begin = _gradients(known), bounds(known.program, known.phases)[1]
+    made, (backward, optimizer) = _gradients(known), known.begins
     parameters, before, states = _stored(known)
-    fresh = _fresh_states(known, begin)
     ends = _loop_ends(known.program)
-    # In a later pass, all gradients are there.
-    rows = [
-        (level + (fresh if at < begin else 0), made[ends[at] if later else at])
-        for at in places
-        for later, level in enumerate(by_place[at])
-    ]
-    held, gradients = np.array(rows, dtype=np.float64).T
-    return Held(held, gradients, parameters, states + fresh, before)
+    cuts = [0, backward // 2, backward, (backward + optimizer) // 2, optimizer, len(by_place)]
+    rows = []
+    for begin, end in itertools.pairwise(cuts):
+        held = [(level, at, later) for at in range(begin, end) for later, level in enumerate(by_place[at])]
+        level, at, later = max(held, default=(0, 0, 0))
+        # In a later pass, all gradients are there.
+        rows.append((level + (known.fresh if begin < optimizer else 0), made[ends[at] if later else at]))
+    held_most, gradients = np.array(rows, dtype=np.float64).T
+    return Held(held_most, gradients, parameters, states + known.fresh, before)
 
 
 def _loop_ends(program: Program) -> list[int]:
@@ -120,13 +105,15 @@ def _loop_ends(program: Program) -> list[int]:
     return found
 
 
-def _fresh_states(known: _Known, begin: int) -> int:
-    """Bytes of what the optimizer, at instruction `begin`, makes and keeps. A first step makes the states that all
-    later ones find, and it is those that have to fit."""
-    early = {s.id for s in known.program.inputs}
-    early.update(o for each in known.program.instructions[:begin] for o in flat_ids(each.outs))
-    made = [s for s in known.program.outputs if s.replaces is None and s.id not in early]
+def _fresh_states(graph: StepGraph, phases: Mapping[int, str], program: Program) -> int:
+    """Bytes of what the optimizer makes and keeps. A first step makes the states that all later ones find, and it is
+    those that have to fit."""
+    made = [s for s, o in zip(program.outputs, graph.outputs, strict=True) if _is_fresh(o, phases)]
     return sum(largest_part(s.type, s.placement) for s in made)
+
+
+def _is_fresh(output: Output, phases: Mapping[int, str]) -> bool:
+    return output.replaces is None and phases.get(output.id) == "optimizer"
 
 
 def _gradients(known: _Known) -> list[int]:
@@ -134,7 +121,7 @@ def _gradients(known: _Known) -> list[int]:
     reads that was not there before the step, or of the sums that become it, whichever is more. None of it goes before
     the optimizer begins."""
     code = known.program.instructions
-    begin = bounds(known.program, known.phases)[1]
+    begin = known.begins[1]
     inputs = {s.id for s in known.program.inputs}
     read = {i for each in code[begin:] if each.op not in BUILTINS for i in uses(each)} - inputs
     lengths = shapes_of(known.program)
@@ -151,7 +138,7 @@ def _gradients(known: _Known) -> list[int]:
 
 def _stored(known: _Known) -> tuple[int, int, int]:
     """Bytes of parameters, of those that embeddings look up in, and of what only the optimizer reads."""
-    code = known.program.instructions[: bounds(known.program, known.phases)[1]]
+    code = known.program.instructions[: known.begins[1]]
     early = {i for each in code for i in uses(each)}
     tables = _tables(code)
     kept = {s.id: largest_part(s.type, s.placement) for s in known.program.inputs if s.id not in known.batch}
@@ -179,7 +166,7 @@ def _tables(code: Sequence[Instruction]) -> set[int]:
 
 def _handed(known: _Known) -> float:
     """Bytes that a layer gives to the next: the fewest that go on within the forward at any place in its middle."""
-    code = known.program.instructions[: bounds(known.program, known.phases)[0]]
+    code = known.program.instructions[: known.begins[0]]
     lengths = shapes_of(known.program)
     last = {i: at for at, each in enumerate(code) for i in uses(each)}
     change = [0] * (len(code) + 1)

@@ -51,9 +51,21 @@ def shallow(graph: StepGraph, given: Sequence[Placement | None], plan: Plan) -> 
     found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
     for depth in _SPREAD_DEPTHS if plan.distribute_param or plan.tp > 1 else _DEPTHS:
         if found is not None and found.units >= _WORTH_IT * depth:
-            deeper = found.units - depth
-            less, inputs = _graph(graph, found, -deeper)
-            yield Shallow(less, [given[at] for at in inputs], deeper, found.inputs(-deeper))
+            yield _with_units(graph, given, found, depth)
+
+
+def with_units(graph: StepGraph, given: Sequence[Placement | None], units: int) -> Shallow | None:
+    """The same step with so many units of its layers, if it has as many and more."""
+    found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
+    if found is None or found.units <= units:
+        return None
+    return _with_units(graph, given, found, units)
+
+
+def _with_units(graph: StepGraph, given: Sequence[Placement | None], found: Layered, units: int) -> Shallow:
+    deeper = found.units - units
+    less, inputs = _graph(graph, found, -deeper)
+    return Shallow(less, [given[at] for at in inputs], deeper, found.inputs(-deeper))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +135,6 @@ class Deep:
         """Those of the values of `program`."""
         return self._typed(self._version)
 
-    def one_more(self) -> tuple[Program, Mapping[int, int]]:
-        """The program with one unit more, and for each of its values the one of the shallow program that it is like."""
-        return self._program(self._next), self._layers.like(self._next)
-
-    def places(self) -> list[int]:
-        """Where each instruction of the shallow program is in the one with a unit more, and what is behind the last."""
-        return [*self._layers.positions(1), len(self._next.records)]
-
     def is_sound(self) -> bool:
         """Whether the program with one layer more can be executed, and no message that is joined across layers becomes
         larger than messages are to be."""
@@ -160,9 +164,10 @@ class Deep:
         a run of layers it grows or shrinks evenly, so that the first and the last of them tell about all."""
         known = levels(self._shallow, self._types)
         more = levels(self._program(self._next), self._typed(self._next))
+        places = [*self._layers.positions(1), len(more) - 1]
         return max(
             here + (there - here) * self._deeper
-            for at, moved in enumerate(self.places())
+            for at, moved in enumerate(places)
             for here, there in zip(known[at], more[moved], strict=True)
         )
 
