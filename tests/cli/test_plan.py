@@ -157,7 +157,7 @@ def chosen(alternative=None, best=BEST):
     choice = Choice(best, (best, STAGED, SLOWER, *DROPPED), CLUSTER, 12 * GIB, 64, 4096, 0.5)
     empty = StepGraph((), (), (), (), 0)
     target = Target("xLarge.512GB", CLUSTER, True, 12 * GIB)
-    return Chosen(choice, target, Captured((empty,), None), "Small.64GB", alternative)
+    return Chosen(choice, target, Captured(empty, 1, None), "Small.64GB", alternative)
 
 
 def shown(of):

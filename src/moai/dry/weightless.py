@@ -77,7 +77,8 @@ def _optimizer(recorder: Recorder, initialise: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(initialise)
     def call(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        recorder.flush()
+        if not recorder.segment.cursor.saw_backward:
+            recorder.flush()
         initialise(self, *args, **kwargs)
         kept.append(self)
 
