@@ -270,8 +270,9 @@ def test_stages_of_one_length_take_what_the_prediction_says(stages, micro):
 
 
 @pytest.mark.parametrize(("stages", "micro"), [(1, 1), (1, 4), (4, 8)])
-def test_the_highest_point_of_the_curve_is_the_predicted_peak(stages, micro):
-    plan, found = Plan(pp=stages, micro=micro), prediction(stages=stages, recompute=0.2)
+@pytest.mark.parametrize("more", [{"recompute": 0.2}, {"forward": 0.0}])
+def test_the_highest_point_of_the_curve_is_the_predicted_peak(stages, micro, more):
+    plan, found = Plan(pp=stages, micro=micro), prediction(stages=stages, **more)
     for lane in schedule.lanes(found, plan):
         curve = schedule.held(found, lane, plan)
         assert max(level for _, level in curve) == pytest.approx(found.memory.total)

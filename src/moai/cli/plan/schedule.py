@@ -25,10 +25,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What the devices of one stage do, in order. Between spans they wait."""
+    """What the devices of one stage do, in order: between spans they wait. `passes`: (forward, begin, end) of its work
+    on each micro-batch."""
 
     stage: int
     spans: tuple[Span, ...]
+    passes: tuple[tuple[bool, float, float], ...]
 
 
 def lanes(prediction: Prediction, plan: Plan) -> list[Lane]:
@@ -39,7 +41,7 @@ def lanes(prediction: Prediction, plan: Plan) -> list[Lane]:
     found = []
     for s, stage in enumerate(stages):
         spans = [span for forward, begin, end in blocks[s] for span in _pieces(forward, begin, end, parts)]
-        found.append(Lane(s, (*spans, *_last(stage, ends[s], parts))))
+        found.append(Lane(s, (*spans, *_last(stage, ends[s], parts)), tuple(blocks[s])))
     return found
 
 
@@ -119,21 +121,10 @@ def held(prediction: Prediction, lane: Lane, plan: Plan) -> list[tuple[float, fl
     each = memory.activations / min(plan.micro, len(prediction.stages) - lane.stage)
     level = gradients = 0.0
     curve = [(0.0, rest)]
-    for forward, begin, end in _passes(lane):
+    for forward, begin, end in lane.passes:
         if not forward:
             gradients = memory.gradients
         curve.append((begin, rest + level + gradients))
         level += each if forward else -each
         curve.append((end, rest + level + gradients))
     return [*curve, (lane.spans[-1].end, curve[-1][1])]
-
-
-def _passes(lane: Lane) -> Iterator[tuple[bool, float, float]]:
-    """(forward, begin, end) of every pass of a micro-batch."""
-    again: float | None = None
-    for span in lane.spans:
-        if span.kind == "recompute":
-            again = span.begin
-        elif span.kind in ("forward", "backward"):
-            yield span.kind == "forward", span.begin if again is None else again, span.end
-            again = None
