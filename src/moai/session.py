@@ -24,7 +24,7 @@ from moai.capture.values import Value
 from moai.device import backend, options
 from moai.device.storage import maker
 from moai.graph.placement import Mesh, Placement
-from moai.graph.step_graph import StepGraph
+from moai.graph.step_graph import StepGraph, tokens
 from moai.lower import lower_cached
 from moai.lower.program import Program, Slot
 from moai.plan import parse
@@ -61,12 +61,6 @@ def _give_memory_back() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _tokens(graph: StepGraph) -> int:
-    """Positions in a step's batch: entries of its largest input of integers with a batch and a sequence dim."""
-    types = [graph.types[i.id] for i in graph.inputs if i.batch]
-    return max((t.numel for t in types if t.dtype == torch.int64 and len(t.shape) == 2), default=0)
 
 
 def _end_job(lease: Lease, peak_bytes: int, tokens_per_s: float | None) -> None:
@@ -222,7 +216,7 @@ class Session:
         self._upload(program, segment)
         outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
         if segment.graph.trains:
-            self._speed.step(_tokens(segment.graph))
+            self._speed.step(tokens(segment.graph))
         return outputs
 
     def _program(self, graph: StepGraph, given: Given) -> Program:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moai.graph.ops
+from moai.graph.meta_kernels import meta_kernel
 
 moai = torch.ops.moai
 
@@ -55,3 +56,11 @@ def test_gradients_of_shared_heads_add_up_in_fp32_or_better(dtype: torch.dtype, 
     expected = [dq, dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)]
     for found, exact in zip(gradients(*(x.to(dtype) for x in (q, k, v, grad))), expected, strict=True):
         assert (found - exact).abs().max() <= rounding * exact.abs().max()
+
+
+def test_random_numbers_without_data_are_not_drawn():
+    size = (1 << 20, 1 << 20)  # 4 TiB
+    random, randperm = torch.ops.moai.random.default, torch.ops.moai.randperm.default
+    drawn = meta_kernel(random)(size, "normal", 0.0, 1.0, 1, 0, torch.float32)
+    assert (drawn.shape, drawn.dtype, drawn.device.type) == (size, torch.float32, "meta")
+    assert meta_kernel(randperm)(1 << 40, 1, torch.int64).shape == (1 << 40,)

@@ -16,11 +16,14 @@ from click.shell_completion import get_completion_class, shell_complete
 
 from moai.cli import as_json, snapshot
 from moai.cli.command import FAILED, complain, run
+from moai.cli.plan.arguments import PlanCommand
 from moai.version import __version__
 
 PROGRAM = "moai"
 COMPLETE_VARIABLE = "_MOAI_COMPLETE"  # set by a shell that asks for completions, as Click's scripts do
 JOBS_SHOWN = 20
+PLAN_SECONDS = 600.0  # for a script to come to its first step
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 in_json = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
 
@@ -67,6 +70,60 @@ def run_script(script: str, arguments: tuple[str, ...], plan: str | None, is_mod
     from moai.cli.script import replace_process
 
     replace_process(script, arguments, plan, is_module, os.environ)
+
+
+@moai.command("plan", cls=PlanCommand, context_settings={"help_option_names": ["--help"]})
+@click.option("--model", metavar="DIR|HUB_ID|FILE", help="Instead of SCRIPT: a model of transformers, by its config.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="With --model: samples of a step.")
+@click.option("--block-size", type=click.IntRange(min=1), help="With --model: tokens of a sample.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="With --model: of its weights, if not that of its config.")
+@click.option("--flavor", metavar="NAME", help="Where it would run, if not on the accelerator of this environment.")
+@click.option("--cluster", metavar="NAME[:N]|FILE", help="Where it would run: a description of hardware.")
+@click.option("--set", "restricted", metavar="KEY=VALUE", multiple=True, help="A key that the plan must have so.")
+@click.option("--why", metavar="KEY=VALUE,...", help="Also show what the best plan with these keys would cost.")
+@click.option("--html", metavar="FILE", help="Also draw the plan into FILE.")
+@click.option(
+    "--timeout", default=PLAN_SECONDS, show_default=True, type=click.FloatRange(1), help="Seconds for SCRIPT."
+)
+@click.option("--verbose", is_flag=True, help="Show on stderr what SCRIPT prints.")
+@in_json
+@click.argument("script", nargs=-1, type=click.UNPROCESSED, metavar="[SCRIPT [ARGUMENTS]]")
+def plan_step(
+    script: tuple[str, ...],
+    model: str | None,
+    batch_size: int | None,
+    block_size: int | None,
+    dtype: str | None,
+    flavor: str | None,
+    cluster: str | None,
+    restricted: tuple[str, ...],
+    why: str | None,
+    html: str | None,
+    timeout: float,
+    verbose: bool,
+    in_json: bool,
+) -> None:
+    """Show which plan a training step would get, and why.
+
+    SCRIPT runs up to its first training step, without weights and without devices. The options here may stand behind
+    SCRIPT, too; what stands behind -- is the script's, whatever it is called.
+    """
+    from moai.cli.plan import request, run
+    from moai.dry.messages import ModelStep
+
+    if bool(script) == (model is not None):
+        raise click.UsageError(
+            "Give a SCRIPT, or a --model." if model is None else "Give a SCRIPT or a --model, not both."
+        )
+    if model is not None and (batch_size is None or block_size is None):
+        raise click.UsageError("--model needs --batch-size and --block-size.")
+    if model is None and (batch_size or block_size or dtype):
+        raise click.UsageError(
+            "--batch-size, --block-size and --dtype go with --model; the script's stand behind its name."
+        )
+    asked = request.of(script[0] if script else None, flavor, cluster, restricted, why, html, os.environ)
+    step = script if model is None else ModelStep(model, batch_size or 0, block_size or 0, dtype)
+    run.plan(step, asked, timeout, in_json, verbose, os.environ)
 
 
 @moai.command()

@@ -35,7 +35,7 @@ def show(report: RenderableType) -> None:
 
 
 def status(look: Snapshot) -> Table:
-    table = _table("Device", "Flavor", "Devices", "Memory (MiB)", "Busy", "Job", "PID", "Process", "Plan", "Since")
+    table = empty_table("Device", "Flavor", "Devices", "Memory (MiB)", "Busy", "Job", "PID", "Process", "Plan", "Since")
     table.title = Text(f"{look.name}, version {look.version or UNKNOWN}")
     for accelerator in look.accelerators:
         star = "* " if accelerator.is_default else "  "
@@ -43,26 +43,26 @@ def status(look: Snapshot) -> Table:
         total = flavor.memory_bytes // MB
         identity = [f"{star}{accelerator.id}", flavor.name, str(flavor.n_devices)]
         if job is None:
-            _row(table, [*identity, f"{UNKNOWN} / {total:,}", *[UNKNOWN] * 6])
+            add_row(table, [*identity, f"{UNKNOWN} / {total:,}", *[UNKNOWN] * 6])
             continue
         memory = f"{job.usage.memory_bytes // MB:,} / {total:,}"
         busy = f"{job.usage.utilization:.0%}"
         since = _time(job.started)
-        _row(table, [*identity, memory, busy, str(job.id), str(job.pid), job.command, job.plan or UNKNOWN, since])
+        add_row(table, [*identity, memory, busy, str(job.id), str(job.pid), job.command, job.plan or UNKNOWN, since])
     return table
 
 
 def jobs(history: Sequence[Job]) -> RenderableType:
     if not history:
         return "No jobs yet."
-    table = _table("Job", "Process", "Flavor", "Plan", "Started", "Took", "Exit", "Tokens/s", "Peak (MiB)")
+    table = empty_table("Job", "Process", "Flavor", "Plan", "Started", "Took", "Exit", "Tokens/s", "Peak (MiB)")
     for job in history:
         speed = UNKNOWN if job.tokens_per_s is None else f"{job.tokens_per_s:,.0f}"
         peak = UNKNOWN if job.peak_bytes is None else f"{job.peak_bytes // MB:,}"
         took = UNKNOWN if job.ended is None else _duration(job.ended - job.started)
         end = UNKNOWN if job.exit is None else str(job.exit)
         plan = job.plan or UNKNOWN
-        _row(table, [str(job.id), job.command, job.flavor, plan, _time(job.started), took, end, speed, peak])
+        add_row(table, [str(job.id), job.command, job.flavor, plan, _time(job.started), took, end, speed, peak])
     return table
 
 
@@ -76,11 +76,15 @@ def doctor(checks: Sequence[Check]) -> Table:
     return table
 
 
-def _table(*headers: str) -> Table:
-    return Table(*headers, box=box.SIMPLE_HEAD, title_justify="left")
+def empty_table(*headers: str, right: Sequence[int] = ()) -> Table:
+    """An empty table; the columns in `right` are numbers."""
+    made = Table(*headers, box=box.SIMPLE_HEAD, title_justify="left")
+    for at in right:
+        made.columns[at].justify = "right"
+    return made
 
 
-def _row(table: Table, cells: list[str]) -> None:
+def add_row(table: Table, cells: list[str]) -> None:
     """Cells as they are: a command line may hold what Rich takes for markup, or for a line's end."""
     table.add_row(*[Text(printable(cell)) for cell in cells])
 

@@ -25,7 +25,7 @@ def replace_process(
 ) -> NoReturn:
     """Run `script` under `plan`, or MOAI_PLAN if that is None. AcceleratorError, in one line, where that cannot be."""
     if not is_module:
-        _check_script(script)
+        check_script(script)
     environ = {**environ, **_ACTIVE}
     if plan is not None:
         _check_plan(plan, "--plan", environ)
@@ -35,8 +35,8 @@ def replace_process(
     os.execve(sys.executable, [sys.executable, *(["-m"] if is_module else []), script, *arguments], environ)
 
 
-def _check_script(script: str) -> None:
-    """Python's own answer to these comes after it has started, and names Python."""
+def check_script(script: str) -> None:
+    """AcceleratorError where it cannot be run. Python's own answer comes after it has started, and names Python."""
     if not os.path.exists(script):
         raise AcceleratorError(f"{script}: there is no such file.")
     if os.path.isdir(script) and not (Path(script) / "__main__.py").is_file():

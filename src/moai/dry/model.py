@@ -1,6 +1,7 @@
 """A training step of a model that is known by its config: what a plain fine-tuning script would do.
 
-In: a config of transformers, a batch. Out: one step, forward, backward and AdamW, is recorded.
+In: a config of transformers, a batch. Out: one step, forward, backward and AdamW, is recorded. It asks for
+advanced parallelization.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 
 from moai.capture.recorder import Recorder
 from moai.capture.values import Value, record_of
+from moai.device import options
 from moai.dry.messages import ModelStep
 from moai.dry.script import Failure, described
 from moai.dry.values import Nowhere
 from moai.dry.weightless import loaded_dtype
+from moai.plan.options import Options
 
 _HUB_SECONDS = 5.0
 
@@ -38,6 +41,7 @@ def train(step: ModelStep, recorder: Recorder) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train().cuda()
     except Exception as error:  # whatever an architecture makes of a config that is not its own
         raise Failure(f"{step.model} cannot be built as a causal language model: {described(error)}") from None
+    options.enable(Options())
     optimizer = torch.optim.AdamW(model.parameters())
     tokens, labels = (_tokens((step.batch_size, step.block_size), recorder) for _ in range(2))
     try:

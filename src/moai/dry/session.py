@@ -18,6 +18,7 @@ from moai.capture.recorder import Recorder, Segment
 from moai.capture.values import Value, record_of
 from moai.device import backend, options, owner
 from moai.device.storage import maker
+from moai.dry.joining import Part, joined
 from moai.dry.values import Nowhere, results
 from moai.graph.step_graph import StepGraph
 from moai.plan.options import Options
@@ -28,22 +29,14 @@ _READABLE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A script's first training step. `graphs`: its segments with a backward pass or the optimizer's step, in their
-    order: one, if the script reads no value in the middle of its step and does not add up gradients itself.
-    `options`: what the script asks for by `torch.moreh.option`."""
+    """A script's first training step. `graph`: its last forward and backward pass with the optimizer's step, as one
+    graph, whether or not the script reads a value between them. `batches`: how many times the step runs forward and
+    backward, more than 1 if the script adds up gradients itself. `options`: what it asks for by `torch.moreh.option`.
+    """
 
-    graphs: tuple[StepGraph, ...]
+    graph: StepGraph
+    batches: int
     options: Options | None
-
-    @property
-    def graph(self) -> StepGraph:
-        """The last segment with a backward pass, or else the optimizer's step: the one that is planned."""
-        return next((g for g in reversed(self.graphs) if has_backward(g)), self.graphs[-1])
-
-    @property
-    def batches(self) -> int:
-        """How many times the step runs forward and backward: more than 1 if the script accumulates gradients."""
-        return max(1, sum(map(has_backward, self.graphs)))
 
 
 def has_backward(graph: StepGraph) -> bool:
@@ -58,8 +51,10 @@ class DrySession:
     def __init__(self, captured: Callable[[Captured], NoReturn], memory_bytes: int) -> None:
         self._captured = captured
         self._memory_bytes = memory_bytes
-        self._before: list[StepGraph] = []
-        self.recorder: Recorder = _Recorder(maker, self._execute, _fetch, lambda *_: None, self._before.clear)
+        self._batches = 0
+        self._last: Part | None = None  # of those with a backward pass
+        self._values: list[object] = []
+        self.recorder: Recorder = _Recorder(maker, self._execute, _fetch, lambda *_: None, lambda: None)
         backend.install(self.recorder)
         register_optimizer_step_pre_hook(lambda *_: self.recorder.optimizer_step_begins())
         register_optimizer_step_post_hook(lambda *_: self.recorder.optimizer_step_ends())
@@ -78,12 +73,17 @@ class DrySession:
         return 0, 0, self._memory_bytes
 
     def _execute(self, segment: Segment) -> list[Nowhere]:
-        graph = segment.graph
-        if has_backward(graph) or graph.trains:
-            self._before.append(graph)
+        graph, values = segment.graph, segment.inputs
+        found = results(graph, [v.host if v.host is not None else v.buffer for v in values], segment.scalars)
+        part = Part(graph, tuple(id(v.buffer or v.host) for v in values), tuple(map(id, found)))
+        if has_backward(graph):
+            self._batches += 1
         if graph.trains:
-            self._captured(Captured(tuple(self._before), options.current()))
-        return results(graph, [v.host if v.host is not None else v.buffer for v in segment.inputs], segment.scalars)
+            whole = graph if has_backward(graph) or self._last is None else joined(self._last, part)
+            self._captured(Captured(whole, max(1, self._batches), options.current()))
+        if has_backward(graph):
+            self._last, self._values = part, [*values, *found]  # kept, so that their ids are not given again
+        return found
 
 
 class _Recorder(Recorder):

@@ -36,7 +36,7 @@ def results(graph: StepGraph, inputs: Sequence[Any], scalars: Sequence[float | i
     known = [host for i in inputs if (host := i.host if isinstance(i, Nowhere) else i) is not None]
     small = len(graph.nodes) <= _OPERATORS and all(t.numel <= _ELEMENTS for t in graph.types)
     if not small or len(known) < len(inputs):
-        return [Nowhere()] * len(graph.outputs)
+        return [Nowhere() for _ in graph.outputs]
     values = _computed(graph, dict(zip([i.id for i in graph.inputs], known, strict=True)), scalars)
     return [Nowhere(values[o.id]) for o in graph.outputs]
 

@@ -30,7 +30,7 @@ def install(recorder: Recorder) -> None:
     _parameters(recorder)
     for name in [n for n in vars(torch.nn.init) if n.endswith("_") and not n.startswith("_")]:
         setattr(torch.nn.init, name, _unless_on_accelerator(getattr(torch.nn.init, name)))
-    torch.optim.Optimizer.__init__ = _after(recorder.flush, torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
+    torch.optim.Optimizer.__init__ = _optimizer(recorder, torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
     if _HOME in sys.modules:
         _change_transformers(sys.modules[_HOME])
     else:
@@ -70,13 +70,17 @@ def _unless_on_accelerator(initialise: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
-    """What a script did to its parameters before it made an optimizer is no part of a step."""
+def _optimizer(recorder: Recorder, initialise: Callable[..., Any]) -> Callable[..., Any]:
+    """What a script did to its parameters before it made an optimizer is no part of a step. What an optimizer holds
+    lives until the process ends: a script may end right behind its step, and drop all that the step was for."""
+    kept = []
 
-    @functools.wraps(then)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return then(*args, **kwargs)
+    @functools.wraps(initialise)
+    def call(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        if not recorder.segment.cursor.saw_backward:
+            recorder.flush()
+        initialise(self, *args, **kwargs)
+        kept.append(self)
 
     return call
 

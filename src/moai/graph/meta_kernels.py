@@ -1,4 +1,4 @@
-"""Operators on tensors without data, where torch's own meta kernels refuse what its real ones do.
+"""Operators on tensors without data, where torch's own meta kernels refuse what its real ones do, or there are none.
 
 In: an operator. Out: what to call on meta tensors in its stead.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+import moai.graph.ops  # noqa: F401  (registers torch.ops.moai)
 
 
 def meta_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -31,4 +33,18 @@ def _grouped_mm(
     return torch.empty(size, dtype=out_dtype or a.dtype, device="meta")
 
 
-_OWN: dict[Any, Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+def _random(size: Any, kind: str, a: float, b: float, seed: int, start: int, dtype: torch.dtype) -> torch.Tensor:
+    """No argument says that there are no data: the numbers would really be drawn."""
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _randperm(n: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same."""
+    return torch.empty(n, dtype=dtype, device="meta")
+
+
+_OWN: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
+    torch.ops.moai.random.default: _random,
+    torch.ops.moai.randperm.default: _randperm,
+}

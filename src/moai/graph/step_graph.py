@@ -177,3 +177,9 @@ def map_args(args: Any, fn: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {k: map_args(v, fn) for k, v in args.items()}
     return fn(args)
+
+
+def tokens(graph: StepGraph) -> int:
+    """Positions in a step's batch: entries of its largest input of integers with a batch and a sequence dim."""
+    types = [graph.types[i.id] for i in graph.inputs if i.batch]
+    return max((t.numel for t in types if t.dtype == torch.int64 and len(t.shape) == 2), default=0)

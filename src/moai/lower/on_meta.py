@@ -18,8 +18,6 @@ from moai.lower.operators import operator
 from moai.lower.program import Instruction
 
 _META = torch.device("meta")
-# These make numbers on the device that they are told, and would do so.
-_RANDOM = {"moai.random.default": ("size", "dtype"), "moai.randperm.default": ("n", "dtype")}
 # They write in place, and PyTorch has no kernels of theirs for meta tensors.
 _ONLY_WRITE = frozenset({"aten._fused_sgd_.default", "aten._fused_adagrad_.default"})
 
@@ -29,10 +27,6 @@ def run(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if op in _ONLY_WRITE:
         return None
     names = _names(op)
-    if op in _RANDOM:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        size, dtype = (given[name] for name in _RANDOM[op])
-        return torch.empty(size, dtype=dtype, device=_META)
     if "device" in names:
         at = names.index("device")
         if at < len(args):

@@ -6,6 +6,7 @@ PlanError that says what is wrong and what is possible. `str(plan)` is the way b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -42,6 +43,20 @@ def parse(text: str, n_devices: int, source: str = VARIABLE) -> Plan:
     if reason:
         raise PlanError(f'{source}="{text}": {reason}.', nearest(plan, n_devices))
     return plan
+
+
+def restrictions(text: str, n_devices: int, source: str) -> dict[str, Any]:
+    """The keys that `text` fixes for plans of `n_devices` devices, with their values. Raises PlanError."""
+    reader = _Reader()
+    for item in text.split(","):
+        reader.read(item.strip().lower())
+    sizes = {key: reader.values[key] for key in ("dp", "tp", "pp") if key in reader.values}
+    if not reader.mistakes and n_devices % math.prod(sizes.values()):
+        product = " times ".join(f"{key}={size}" for key, size in sizes.items())
+        reader.mistakes.append(f"{product} does not divide the {n_devices} devices")
+    if reader.mistakes:
+        raise PlanError(f'{source} "{text}": {"; ".join(reader.mistakes)}.')
+    return reader.values
 
 
 class _Reader:

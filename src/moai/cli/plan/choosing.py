@@ -1,0 +1,149 @@
+"""From a captured step to its plan.
+
+In: a Captured, and what a person asks. Out: a `Chosen`. Nothing here runs anything on devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from moai.cli.plan.figures import matches
+from moai.cli.plan.request import Target
+from moai.dry.session import Captured
+from moai.graph.step_graph import StepGraph, tokens
+from moai.lower.inputs import global_batch
+from moai.lower.sampling import observe
+from moai.plan.options import Options
+from moai.plan.plan import Plan
+from moai.plan.search import Candidate, Choice, NoPlan, Step, search
+from moai.plan.space import Allowed
+from moai.plan.timings import Described
+from moai.platform.errors import AcceleratorError
+
+# How long is looked for the smallest flavor, which is no part of the choice.
+_FLAVOR_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A choice for `target`. `smallest`: the smallest of the flavors that the step fits, None where that is not known;
+    `alternative`: the best plan of those that were asked about."""
+
+    choice: Choice
+    target: Target
+    captured: Captured
+    smallest: str | None
+    alternative: Candidate | None
+
+
+class Planner:
+    """Plans for one captured step. What is observed of it is observed once, whatever is asked."""
+
+    def __init__(self, captured: Captured, restricted: Mapping[str, Any]) -> None:
+        self.captured = captured
+        self._options = captured.options
+        self._restricted = restricted
+        graph = captured.graph
+        self._step = Step(_observing(graph), global_batch(graph, [None] * len(graph.inputs)), tokens(graph))
+
+    def choose(self, target: Target, more: Mapping[str, Any] | None = None, until: float = float("inf")) -> Choice:
+        """The best plan that has the restricted keys, and those of `more`. Raises NoPlan, and TimeoutError when
+        time.monotonic() has come to `until`."""
+
+        def progress(*_: int) -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        fixed = {**self._restricted, **(more or {})}
+        precision = fixed.pop("precision", None) or _precision(self._options, target)
+        if level := fixed.pop("recompute", None):
+            fixed["recompute"] = (level,)
+        allowed = replace(Allowed() if self._options is None else Allowed.by(self._options), **fixed)
+        timings, base = Described(target.cluster), Plan(precision=precision)
+        return search(self._step, target.cluster, timings, target.budget_bytes, allowed, base, progress)
+
+    def fits(self, target: Target, until: float) -> bool:
+        """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
+        try:
+            self.choose(target, {} if "recompute" in self._restricted else {"recompute": "full"}, until)
+        except NoPlan:
+            return False
+        return True
+
+
+def _observing(graph: StepGraph) -> Callable[[Plan], Any]:
+    return cache(lambda plan: observe(graph, plan))
+
+
+def _precision(options: Options | None, target: Target) -> Any:
+    """As the session has it: bf16 where the script allows it and the devices gain by it."""
+    peak = target.cluster.device.peak
+    gains = peak.get("bf16", 0.0) > peak["fp32"]
+    return "bf16" if options is not None and options.mixed_precision and gains else None
+
+
+def choose(
+    captured: Captured,
+    target: Target,
+    others: Sequence[Target],
+    restricted: Mapping[str, Any],
+    why: Mapping[str, Any] | None,
+) -> Chosen:
+    """The plan for `target`. `others`: the same hardware in other sizes, the smallest first. Raises AcceleratorError
+    where there is no plan, which says what would do."""
+    planner = Planner(captured, restricted)
+    try:
+        choice = planner.choose(target)
+    except NoPlan as error:
+        larger = [t for t in others if t.cluster.n_devices > target.cluster.n_devices]
+        advice = _advice(planner, larger, bool(restricted))
+        raise AcceleratorError(f"{target.name}: {error.reason.removesuffix('.')}.{advice}") from None
+    smallest = None
+    if target.is_flavor:
+        smaller = [t for t in others if t.cluster.n_devices < target.cluster.n_devices]
+        with suppress(TimeoutError):
+            smallest = _smallest(planner, [*smaller, target])
+    name = None if smallest is None else smallest.name
+    return Chosen(choice, target, captured, name, _alternative(planner, choice, target, why))
+
+
+def _advice(planner: Planner, larger: Sequence[Target], restricted: bool) -> str:
+    """What else could be done where no plan fits."""
+    try:
+        found = _smallest(planner, larger)
+    except TimeoutError:
+        return ""
+    if found is not None:
+        return f" The smallest size that would do: {found.name}."
+    return " Without --set there may be one." if restricted else f" Nor would {larger[-1].name} do."
+
+
+def _smallest(planner: Planner, targets: Sequence[Target]) -> Target | None:
+    """The first of `targets` that the step fits, if there is one. Raises TimeoutError if that takes too long."""
+    until = time.monotonic() + _FLAVOR_SECONDS
+    return next((target for target in targets if planner.fits(target, until)), None)
+
+
+def _alternative(planner: Planner, choice: Choice, target: Target, why: Mapping[str, Any] | None) -> Candidate | None:
+    """The best plan with the keys in `why`, whether it could be taken or not."""
+    if why is None:
+        return None
+    try:
+        return planner.choose(target, why).best
+    except NoPlan as error:
+        candidates = [c for c in error.candidates if matches(c.plan, why)]
+        if not candidates:
+            keys = ",".join(f"{key}={value}" for key, value in why.items())
+            raise AcceleratorError(f'--why "{keys}": there is no such plan for this step on {target.name}.') from None
+        return next((c for c in candidates if c.prediction is not None), candidates[0])  # the best come first
+
+
+def ratio(other: Candidate, best: Candidate) -> float:
+    """How many times as long the step takes."""
+    assert other.prediction is not None and best.prediction is not None
+    return other.prediction.step_s / best.prediction.step_s

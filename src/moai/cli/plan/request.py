@@ -1,0 +1,123 @@
+"""What a person asks of `moai plan`, checked before anything is run.
+
+In: options and arguments as text. Out: a `Request`; ValueError or AcceleratorError, in one line, for what cannot be.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moai.cli.script import check_script
+from moai.plan import cluster_file, parse
+from moai.plan.cluster import Cluster
+from moai.plan.errors import PlanError
+from moai.platform import accelerators, clusters, flavors, pool
+from moai.platform.errors import AcceleratorError
+
+RATIO = "MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO"
+_DEFAULT_RATIO = 80  # percent
+_MULTIPLES = (2, 4, 8, 16)  # of the largest size, that a step is tried on which fits nowhere else
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to plan for. `name`: as a person knows it; `is_flavor`: whether others like it are on offer; `budget_bytes`:
+    what a plan may use of each device."""
+
+    name: str
+    cluster: Cluster
+    is_flavor: bool
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`restricted`: keys of a plan with the only value that they may have; `why`: those of the plan to compare with."""
+
+    target: Target
+    restricted: Mapping[str, Any]
+    why: Mapping[str, Any] | None
+    html: Path | None
+
+
+def of(
+    script: str | None,
+    flavor: str | None,
+    cluster: str | None,
+    restricted: Sequence[str],
+    why: str | None,
+    html: str | None,
+    environ: Mapping[str, str],
+) -> Request:
+    """The request; see the module's docstring."""
+    if script is not None:
+        check_script(script)
+    target = _target(flavor, cluster, environ)
+    n = target.cluster.n_devices
+    fixed = _keys(",".join(restricted), n, "--set") if restricted else {}
+    wanted = _keys(why, n, "--why") if why is not None else None
+    page = Path(html) if html is not None else None
+    if page is not None and (page.is_dir() or not os.access(page.absolute().parent, os.W_OK)):
+        raise AcceleratorError(
+            f"--html {page} cannot be written: give the name of a file in a folder that you can write."
+        )
+    return Request(target, fixed, wanted, page)
+
+
+def _keys(text: str, n_devices: int, source: str) -> dict[str, Any]:
+    try:
+        keys = parse.restrictions(text, n_devices, source)
+    except PlanError as error:
+        raise AcceleratorError(str(error)) from None
+    if "shard" in keys:
+        raise AcceleratorError(f"{source}: plans with shard are not searched for.")
+    return keys
+
+
+def _target(flavor: str | None, cluster: str | None, environ: Mapping[str, str]) -> Target:
+    if flavor is not None and cluster is not None:
+        raise AcceleratorError("--flavor and --cluster both say where the step would run: give one of them.")
+    if cluster is not None:
+        try:
+            found = cluster_file.load(cluster)
+        except ValueError as error:
+            raise AcceleratorError(f"--cluster: {error}") from None
+        return Target(f"{found.name}:{found.n_devices}", found, False, budget(found, environ))
+    if flavor is not None:
+        found = clusters.of_name(flavor, environ)
+        return Target(flavor, found, True, budget(found, environ))
+    chosen = accelerators.choose(environ).flavor
+    found = clusters.of_flavor(chosen, pool.probe(environ), environ)
+    return Target(chosen.name, found, True, budget(found, environ))
+
+
+def budget(cluster: Cluster, environ: Mapping[str, str]) -> int:
+    """Bytes of a device that a plan may use."""
+    text = environ.get(RATIO) or str(_DEFAULT_RATIO)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 100):
+        raise AcceleratorError(f"{RATIO}={text}: it is a percentage, a whole number from 1 to 100.")
+    return cluster.device.memory_bytes * int(text) // 100
+
+
+def others(target: Target, environ: Mapping[str, str]) -> list[Target]:
+    """The same hardware in other sizes, the smallest first: flavors, if it is one, and multiples beyond them."""
+    flavored = _flavors(target, environ) if target.is_flavor else []
+    most = max([target, *flavored], key=lambda each: each.cluster.n_devices).cluster
+    multiples = [cluster_file.with_devices(most, most.n_devices * times) for times in _MULTIPLES]
+    beyond = [Target(f"{c.n_devices} x {c.device.name}", c, False, budget(c, environ)) for c in multiples]
+    return [*flavored, *beyond]
+
+
+def _flavors(target: Target, environ: Mapping[str, str]) -> list[Target]:
+    machine = pool.probe(environ)
+    for where in (environ, {**environ, "MOAI_CONFIG": str(clusters.EXAMPLE)}):
+        known = flavors.available(machine, where)
+        if flavors.find(target.name, known):
+            described = {f.name: clusters.of_flavor(f, machine, where) for f in known}
+            found = [Target(name, cluster, True, budget(cluster, environ)) for name, cluster in described.items()]
+            return sorted(found, key=lambda each: each.cluster.n_devices)
+    return []
