@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -66,6 +66,10 @@ class Table:
             total = total + weight * logs[index]
         found: np.ndarray = np.exp(total)
         return found
+
+    def points(self) -> Iterator[tuple[tuple[float, ...], float]]:
+        """Each point with its seconds."""
+        return zip(itertools.product(*self.axes), self.seconds, strict=True)
 
     @cached_property
     def _logs(self) -> np.ndarray:

@@ -20,6 +20,8 @@ from moai.runtime.accelerator import Accelerator
 MESSAGES = ("all_reduce", "all_gather", "reduce_scatter")
 MODES = ("waited", "started")
 KIB, MIB = 1 << 10, 1 << 20
+# Everything is timed so many times, minutes apart: what disturbs one time does not disturb the other.
+ROUNDS = 2
 # No tensor of a case is larger than this share of a device's memory.
 _MEMORY_SHARE = 32
 _OVERLAP_BYTES, _OVERLAP_LENGTH = 4 * MIB, 256
@@ -81,30 +83,37 @@ class _Job:
 class Measurement:
     """`steps`: how many cases there are to time; `run` times them."""
 
-    def __init__(self, accelerator: Accelerator, hardware: Hardware, sizes: Sizes, watch: Stopwatch | None = None):
+    def __init__(
+        self, accelerator: Accelerator, hardware: Hardware, sizes: Sizes, watch: Stopwatch | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._hardware = hardware
         self._watch = watch or Stopwatch(accelerator)
         n = accelerator.n_devices
         fitting = sizes.fitting(min(d.memory_bytes for d in accelerator.devices))
         self._jobs = [*_matmuls(fitting), *_attentions(fitting), *_operators(fitting), *_messages(fitting, n)]
-        self.steps = sum(len(job.cases) for job in self._jobs) + 2
+        self.steps = ROUNDS * sum(len(job.cases) for job in self._jobs)
 
     def run(self, advance: Callable[[], None] = lambda: None) -> Profile:
         """Calls `advance` after every step. RuntimeError if a worker fails."""
         call_s = self._watch.of_case(cases.nothing_much())
-        advance()
-        tables = {}
-        for job in self._jobs:
-            seconds = []
+        rounds = [self._round(advance) for _ in range(ROUNDS)]
+        tables = {
+            job.name: Table(job.axes, tuple(map(min, zip(*times, strict=True))))
+            for job, *times in zip(self._jobs, *rounds, strict=True)
+        }
+        slowdown = self._overlap_slowdown()
+        measured = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        return Profile(self._hardware, measured, call_s, slowdown, tables)
+
+    def _round(self, advance: Callable[[], None]) -> list[list[float]]:
+        """Seconds of each job's cases."""
+        found: list[list[float]] = [[] for _ in self._jobs]
+        for job, seconds in zip(self._jobs, found, strict=True):
             for case in job.cases:
                 seconds.append(self._watch.of_case(case()) / job.parts)
                 advance()
-            tables[job.name] = Table(job.axes, tuple(seconds))
-        slowdown = self._overlap_slowdown()
-        advance()
-        measured = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        return Profile(self._hardware, measured, call_s, slowdown, tables)
+        return found
 
     def _overlap_slowdown(self) -> float:
         """The share of a message's time that computing beside it becomes longer by."""

@@ -7,7 +7,6 @@ clock. Cases run as any Program does, in a loop that lasts long enough to be tim
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,8 @@ from moai.graph.step_graph import TensorType, flat_ids
 from moai.lower.program import Instruction, Program, Slot
 from moai.runtime.accelerator import Accelerator, Buffer
 
-SECONDS = 0.02  # that a timed run should take
-RUNS = 3
+SECONDS = 0.01  # that a timed run should take
+RUNS = 5
 _MOST_PASSES = 4096
 
 _numbers = itertools.count()
@@ -36,8 +35,8 @@ class Case:
 
 
 class Stopwatch:
-    """See the module docstring. Each answer is the least of `runs` runs of `seconds` each: whatever else the machine
-    does only adds to it."""
+    """See the module docstring. What counts is each device's fastest of `runs` runs of `seconds` each: whatever else
+    the machine does only adds to it."""
 
     def __init__(self, accelerator: Accelerator, seconds: float = SECONDS, runs: int = RUNS) -> None:
         self._accelerator = accelerator
@@ -52,7 +51,7 @@ class Stopwatch:
             single = self._program(case, 1)
             once = self._least(single, buffers, 2)  # the first run is checked, and slower
             if once > self._seconds / 2:
-                return min(once, self._least(single, buffers, self._runs - 1))
+                return self._least(single, buffers, self._runs)
             passes = min(_MOST_PASSES, max(2, int(self._seconds / once)))
             return self._least(self._program(case, passes), buffers, 1 + self._runs) / passes
         finally:
@@ -67,16 +66,15 @@ class Stopwatch:
             for s in program.inputs
         ]
         given = scalars or [0] * program.n_scalars
-        least = math.inf
-        for number in range(1 + self._runs):
+        found = []
+        for _ in range(1 + self._runs):
             outputs = accelerator.run(program, inputs, given)
             accelerator.synchronize()
-            if number:  # the first run is checked, and slower
-                least = min(least, max(accelerator.run_seconds))
+            found.append(accelerator.run_seconds)
             for slot, buffer in zip(program.outputs, outputs, strict=True):
                 if slot.replaces is not None:
                     inputs[slot.replaces] = buffer
-        return least
+        return _slowest(found[1:])  # the first run is checked, and slower
 
     def _program(self, case: Case, passes: int) -> Program:
         mesh = _mesh(case, self._accelerator.n_devices, passes)
@@ -85,12 +83,17 @@ class Stopwatch:
         return Program(f"profile{next(_numbers)}", mesh, slots, (), 0, loop, 0, 0)
 
     def _least(self, program: Program, buffers: Sequence[Buffer], runs: int) -> float:
-        least = math.inf
+        found = []
         for _ in range(runs):
             self._accelerator.run(program, buffers, ())
             self._accelerator.synchronize()
-            least = min(least, max(self._accelerator.run_seconds))
-        return least
+            found.append(self._accelerator.run_seconds)
+        return _slowest(found)
+
+
+def _slowest(runs: Sequence[Sequence[float]]) -> float:
+    """Seconds of the slowest device in its fastest run; `runs` has each one's devices."""
+    return max(map(min, zip(*runs, strict=True)))
 
 
 def _mesh(case: Case, n_devices: int, passes: int) -> Mesh:
