@@ -70,7 +70,8 @@ def test_a_disturbed_time_counts_as_the_next_larger_ones():
 
 @given(grids())
 def test_a_profile_is_read_as_it_was_written(table):
-    measured = profile(stream__add=table)
+    name = ("stream__add", "attention__forward__fp32", "matmul__bf16")[len(table.axes) - 1]
+    measured = profile(**{name: table})
     assert Profile.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
@@ -93,6 +94,15 @@ def test_a_damaged_profile_ends_in_nothing_but_a_value_error(data):
     except ValueError:
         return
     assert np.isfinite(seconds(read, Task("stream", "forward", bytes=1e3))).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["stream", "stream add gelu", "all_reduce x waited", "all_reduce 0 waited", "matmul fp32"]
+)
+def test_a_table_that_nothing_would_ask_for_is_no_profile(name):
+    written = profile(stream__add=Table((SIZES,), (1e-3, 1e-1))).to_json()
+    with pytest.raises(ValueError, match="no table"):
+        Profile.from_json({**written, "tables": {name: written["tables"]["stream add"]}})
 
 
 def test_what_was_not_measured_is_taken_from_the_description():
