@@ -60,7 +60,7 @@ def test_gpus_are_known_by_what_the_driver_calls_them(environ, model, memory, ex
 
 def test_a_gpu_without_a_description_is_named_with_what_to_do(environ):
     machine = node(1, 24 * GB, "NVIDIA GeForce RTX 4090")
-    with pytest.raises(AcceleratorError, match=r"no description of NVIDIA GeForce RTX 4090.*docs/clusters.md"):
+    with pytest.raises(AcceleratorError, match=r"no description of the GPU .NVIDIA GeForce RTX 4090.*docs/clusters.md"):
         clusters.of_flavor(largest(machine, environ), machine, environ)
 
 

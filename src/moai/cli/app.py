@@ -179,6 +179,25 @@ def doctor(in_json: bool) -> int:
 
 @moai.command()
 @in_json
+def profile(in_json: bool) -> None:
+    """Measure the accelerator's devices.
+
+    Takes a minute or two. Plans are predicted from what is measured, as long as the accelerator has these devices.
+    """
+    from moai.cli import profile as command
+
+    made, file = command.measure(os.environ)
+    if in_json:
+        _print_json(made.to_json())
+        return
+    from moai.cli import reports
+
+    reports.show(command.summary(made))
+    print(f"Kept in {file}")
+
+
+@moai.command()
+@in_json
 @click.argument("description")
 def token(in_json: bool, description: str) -> None:
     """Make a new token, with an accelerator of its own.

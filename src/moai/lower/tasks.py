@@ -18,7 +18,7 @@ from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS, is_view
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.regions import Region, regions
 from moai.lower.values import local_lengths
-from moai.plan.work import AXES, Task
+from moai.plan.work import AXES, OPERATORS, Task
 
 _PRECISIONS = {
     torch.float64: "fp64",
@@ -148,7 +148,8 @@ class _Reader:
         made = flat_ids(instruction.outs)
         precision = self._precision(next((i for i in (*given, *made) if self._is_float(i)), -1))
         nbytes = float(self._moved(packet, instruction, given, made))
-        task = Task("stream", "forward", precision, bytes=nbytes, first=packet in _EMBEDDINGS)
+        op = packet if packet in OPERATORS else ""
+        task = Task("stream", "forward", precision, bytes=nbytes, first=packet in _EMBEDDINGS, op=op)
         product = _PRODUCTS.get(packet)
         if product is not None:
             m, n, k, batch = product(

@@ -22,6 +22,13 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16", "fp8", "fp4")
 # The last two are of published runs only: no plan shares a sequence ("cp") or experts ("ep").
 AXES = ("dp", "tp", "pp", "dp_shard", "dp_replicate", "cp", "ep")
+# Operators that may take another time than the moving of their bytes does. The first stands for all others.
+OPERATORS = (
+    "", "add", "mul", "div", "pow", "exp", "rsqrt", "tanh", "gelu", "gelu_backward", "silu", "silu_backward", "sum",
+    "mean", "where", "clone", "_to_copy", "cat", "embedding", "embedding_dense_backward", "native_layer_norm",
+    "native_layer_norm_backward", "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
+    "_fused_adamw",
+)  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -33,7 +40,7 @@ class Task(NamedTuple):
     which the peers lie. until: how many tasks later the result is needed; the device computes meanwhile (1: it
     waits). looped: done in each micro-batch, and not once a step. recomputed: done a second time, for the backward.
     first: belongs to what comes before the layers (the embedding); what belongs neither to it nor to a layer comes
-    behind them.
+    behind them. op: one of OPERATORS.
     """
 
     kind: str
@@ -51,6 +58,7 @@ class Task(NamedTuple):
     looped: bool = True
     recomputed: bool = False
     first: bool = False
+    op: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +86,8 @@ class Memory:
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """The tasks of one device in execution order, a column (an array of length n) for each field of Task: `kind`,
-    `phase`, `precision` and `axis` as indices in KINDS, PHASES, PRECISIONS and AXES. `samples`: in a micro-batch, on
-    this device."""
+    `phase`, `precision`, `axis` and `op` as indices in KINDS, PHASES, PRECISIONS, AXES and OPERATORS. `samples`: in a
+    micro-batch, on this device."""
 
     kind: np.ndarray
     phase: np.ndarray
@@ -96,6 +104,7 @@ class Work:
     looped: np.ndarray
     recomputed: np.ndarray
     first: np.ndarray
+    op: np.ndarray
     memory: Memory
     samples: float
 
@@ -110,7 +119,9 @@ class Work:
         return Work(**columns, memory=memory, samples=samples)
 
 
-_NAMES: dict[str, Sequence[str]] = {"kind": KINDS, "phase": PHASES, "precision": PRECISIONS, "axis": AXES}
+_NAMES: dict[str, Sequence[str]] = {
+    "kind": KINDS, "phase": PHASES, "precision": PRECISIONS, "axis": AXES, "op": OPERATORS
+}  # fmt: skip
 _TYPES: dict[str, type] = {
     **dict.fromkeys((*_NAMES, "until"), np.int64),
     **dict.fromkeys(("looped", "recomputed", "first"), np.bool_),

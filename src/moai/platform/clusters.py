@@ -50,12 +50,11 @@ def of_devices(devices: Sequence[Device], machine: Machine | None = None) -> Clu
     """`devices` of this machine."""
     if devices[0].kind == "cpu":
         return _of_workers(devices)
-    models = (machine or pool.probe()).cuda_models
-    model = models[devices[0].index] if devices[0].index < len(models) else "a GPU whose name the driver does not tell"
+    model = pool.model(devices[0], machine)
     found = _of_model(model, devices[0].memory_bytes)
     if found is None:
         raise AcceleratorError(
-            f"There is no description of {model}: there are {', '.join(cluster_file.names())}. Write one (see"
+            f"There is no description of the GPU ({model}): there are {', '.join(cluster_file.names())}. Write one (see"
             ' docs/clusters.md), and name it in the configuration: cluster = "PATH".'
         )
     return _here(found, devices)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +88,19 @@ def names(machine: Machine, at_least: int = 0) -> tuple[str, ...]:
     if machine.cuda_memory_bytes:
         return machine.cuda_uuids or tuple(f"cuda:{i}" for i in range(len(machine.cuda_memory_bytes)))
     return tuple(f"cpu:{i}" for i in range(max(at_least, len(discover(machine)))))
+
+
+def model(device: Device, machine: Machine | None = None) -> str:
+    """What the maker calls the device (or the CPU it is a worker on); "unknown" where the system does not tell."""
+    if device.kind == "cuda":
+        models = (machine or probe()).cuda_models
+        return models[device.index] if device.index < len(models) else "unknown"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware"))]
+    return next(filter(None, [*named, platform.processor()]), "unknown")
 
 
 def at(device: Device, index: int, machine: Machine) -> Device:

@@ -102,6 +102,7 @@ class Accelerator:
         self._programs: dict[str, Program] = {}
         self._loaded: set[str] = set()
         self._step = 0
+        self._run_seconds = [0.0] * len(devices)
         self._pulses: list[m.Pulse | None] = [None] * len(devices)
         self._stopping = threading.Lock()
         workers = self._launcher.start(self.devices, START_SECONDS)
@@ -131,6 +132,11 @@ class Accelerator:
     def pulses(self) -> list[m.Pulse | None]:
         """Each worker's last report; None before the first, a second after the start."""
         return list(self._pulses)
+
+    @property
+    def run_seconds(self) -> list[float]:
+        """What the last run that is over took each device, by its own clock."""
+        return list(self._run_seconds)
 
     def upload(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> Buffer:
         """Puts a CPU tensor on the devices; each is sent its part. Over partial axes, coordinate 0 holds the tensor and
@@ -327,7 +333,8 @@ class Accelerator:
         with self._changed:
             self._watchdog.heard(rank, now)
             match reply:
-                case m.Done(step):
+                case m.Done(step, seconds):
+                    self._run_seconds[rank] = seconds
                     self._links[rank].answered(("run", step))
                 case m.Note(text):
                     logger.warning("%s", text)

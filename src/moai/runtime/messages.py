@@ -85,9 +85,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Run `step` is over: its results exist."""
+    """Run `step` is over: its results exist. `seconds`: what it took the worker."""
 
     step: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

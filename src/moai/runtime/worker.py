@@ -160,6 +160,7 @@ class Worker:
             for slot, buffer in zip(slots, command.inputs, strict=True)
         ]
         self._executor = executor
+        begin = time.perf_counter()
         try:
             outputs = measure.run(executor, inputs, command.scalars)
         finally:
@@ -167,8 +168,9 @@ class Worker:
         self._executed += len(executor.program.instructions)
         self._doing = "waiting for the GPU"
         self._finish_kernels()
+        seconds = time.perf_counter() - begin
         self._buffers.update(zip(command.outputs, outputs, strict=True))
-        self._channel.send(m.Done(command.step))
+        self._channel.send(m.Done(command.step, seconds))
 
     def _free(self, command: m.Free) -> None:
         # A buffer is absent if Ctrl-C fell into its upload.

@@ -1,0 +1,108 @@
+"""Stopwatch: how long devices take for instructions, when all of them work at the same time.
+
+In: a Case (tensors, and instructions over them), or a whole Program. Out: seconds, of the slowest device by its own
+clock. Cases run as any Program does, in a loop that lasts long enough to be timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moai.graph.placement import REPLICATE, TIME, Mesh
+from moai.graph.step_graph import TensorType, flat_ids
+from moai.lower.program import Instruction, Program, Slot
+from moai.runtime.accelerator import Accelerator, Buffer
+
+SECONDS = 0.01  # that a timed run should take
+RUNS = 5
+_MOST_PASSES = 4096
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`body` is repeated; value i is tensor i of `tensors`, which every device has a copy of. `axes`: of the mesh,
+    outermost first; empty for one axis of all devices."""
+
+    tensors: tuple[torch.Tensor, ...]
+    body: tuple[Instruction, ...]
+    axes: tuple[tuple[str, int], ...] = ()
+
+
+class Stopwatch:
+    """See the module docstring. What counts is each device's fastest of `runs` runs of `seconds` each: whatever else
+    the machine does only adds to it."""
+
+    def __init__(self, accelerator: Accelerator, seconds: float = SECONDS, runs: int = RUNS) -> None:
+        self._accelerator = accelerator
+        self._seconds = seconds
+        self._runs = runs
+
+    def of_case(self, case: Case) -> float:
+        """Seconds of one pass of the body."""
+        mesh = _mesh(case, self._accelerator.n_devices, 1)
+        buffers = [self._accelerator.upload(x, REPLICATE, mesh) for x in case.tensors]
+        try:
+            single = self._program(case, 1)
+            once = self._least(single, buffers, 2)  # the first run is checked, and slower
+            if once > self._seconds / 2:
+                return self._least(single, buffers, self._runs)
+            passes = min(_MOST_PASSES, max(2, int(self._seconds / once)))
+            return self._least(self._program(case, passes), buffers, 1 + self._runs) / passes
+        finally:
+            self._accelerator.forget()
+
+    def of_program(self, program: Program, scalars: Sequence[float | int] = ()) -> float:
+        """Seconds of a run of `program` on inputs of zeros: of a layer, a step, whatever it is. Scalars are zeros where
+        they are left out, which may make an optimizer divide by zero, but not take another time."""
+        accelerator = self._accelerator
+        inputs = [
+            accelerator.upload(torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu"), s.placement, program.mesh)
+            for s in program.inputs
+        ]
+        given = scalars or [0] * program.n_scalars
+        found = []
+        for _ in range(1 + self._runs):
+            outputs = accelerator.run(program, inputs, given)
+            accelerator.synchronize()
+            found.append(accelerator.run_seconds)
+            for slot, buffer in zip(program.outputs, outputs, strict=True):
+                if slot.replaces is not None:
+                    inputs[slot.replaces] = buffer
+        return _slowest(found[1:])  # the first run is checked, and slower
+
+    def _program(self, case: Case, passes: int) -> Program:
+        mesh = _mesh(case, self._accelerator.n_devices, passes)
+        slots = tuple(Slot(i, TensorType(tuple(x.shape), x.dtype), REPLICATE) for i, x in enumerate(case.tensors))
+        loop = (Instruction("repeat", (), {}, None), *case.body, Instruction("end_repeat", (), {}, None))
+        return Program(f"profile{next(_numbers)}", mesh, slots, (), 0, loop, 0, 0)
+
+    def _least(self, program: Program, buffers: Sequence[Buffer], runs: int) -> float:
+        found = []
+        for _ in range(runs):
+            self._accelerator.run(program, buffers, ())
+            self._accelerator.synchronize()
+            found.append(self._accelerator.run_seconds)
+        return _slowest(found)
+
+
+def _slowest(runs: Sequence[Sequence[float]]) -> float:
+    """Seconds of the slowest device in its fastest run; `runs` has each one's devices."""
+    return max(map(min, zip(*runs, strict=True)))
+
+
+def _mesh(case: Case, n_devices: int, passes: int) -> Mesh:
+    return Mesh((*(case.axes or (("dp", n_devices),)), (TIME, passes)))
+
+
+def calls(n_tensors: int, *instructions: Instruction) -> tuple[Instruction, ...]:
+    """`instructions` that name their results by the ids from `n_tensors` on, each freed behind the last one."""
+    made = [i for each in instructions for i in flat_ids(each.outs)]
+    *others, last = instructions
+    assert all(i >= n_tensors for i in made)
+    return (*others, Instruction(last.op, last.args, last.kwargs, last.outs, tuple(made), last.shapes, last.where))
