@@ -165,7 +165,7 @@ def run_of(strip: Strip, start: int, period: int, end: int) -> Run | None:
 
 
 def _numbers(strip: Strip, start: int, n: int) -> list[int]:
-    return [number for numbers in strip.numbers[start : start + n] for number in numbers]
+    return list(chain.from_iterable(strip.numbers[start : start + n]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,8 +59,15 @@ class Numbers:
         known: dict[Hashable, int] = {}
         for op, args, kwargs, outs, frees, shapes in records:
             found: list[int] = []
-            constants = self.constants(args, found)
-            named = self.constants((kwargs,), found) if kwargs else None
+            said = [op, shapes, len(frees)]
+            for a in args:
+                if type(a) is Ref:
+                    found.append(of[a.id])
+                    said.append(Ref)
+                else:
+                    said.append(self.constant(a, found))
+            if kwargs:
+                said.append(self.constant(kwargs, found))
             if type(outs) is int:
                 of[outs] = number = len(of)
                 found.append(number)
@@ -70,7 +77,8 @@ class Numbers:
                     found.append(number)
             if frees:
                 found += [of[i] for i in frees]
-            token = known.setdefault((op, constants, named, len(found), len(frees), shapes), len(known))
+            said.append(len(found))
+            token = known.setdefault(tuple(said), len(known))
             while self._met:
                 self.users.setdefault(self._met.pop(), token)
             tokens.append(token)
@@ -78,25 +86,21 @@ class Numbers:
             made.append(len(of))
         return Strip(tokens, numbers, (made,))
 
-    def constants(self, args: Iterable[Any], numbers: list[int]) -> tuple[Any, ...]:
-        """What is constant in `args`, as something to compare; `numbers` gets those of the values."""
-        found: list[Any] = []
-        for a in args:
-            kind = type(a)
-            if kind is Ref:
-                numbers.append(self.of[a.id])
-                found.append(Ref)
-            elif kind is tuple or kind is list:
-                found.append(a if set(map(type, a)) == _INTEGERS else self.constants(a, numbers))
-            elif kind is Scalar:
-                numbers.append(self.scalars + a.index)
-                self._met.append(a.index)
-                found.append(Scalar)
-            elif kind is dict:
-                found.append((*a, self.constants(a.values(), numbers)))
-            else:
-                found.append(repr(a) if kind in _LOOKALIKE else a)
-        return tuple(found)
+    def constant(self, a: Any, numbers: list[int]) -> Hashable:
+        """What is constant in an argument, as something to compare; `numbers` gets those of the values."""
+        kind = type(a)
+        if kind is Ref:
+            numbers.append(self.of[a.id])
+            return Ref
+        if kind is tuple or kind is list:
+            return a if _INTEGERS.issuperset(map(type, a)) else tuple([self.constant(x, numbers) for x in a])
+        if kind is Scalar:
+            numbers.append(self.scalars + a.index)
+            self._met.append(a.index)
+            return Scalar
+        if kind is dict:
+            return (*a, *[self.constant(x, numbers) for x in a.values()])
+        return repr(a) if kind in _LOOKALIKE else a
 
     def number(self, leaf: Ref | Scalar) -> int:
         return self.of[leaf.id] if type(leaf) is Ref else self.scalars + leaf.index  # type: ignore[union-attr]
@@ -220,7 +224,7 @@ class Lists:
         self.groups = tuple(map(tuple, valued))
         self._emptied = _filled(self._form, {path: () for group in self.groups for path in group})
         self.rest: list[int] = []
-        numbers.constants(self._emptied, self.rest)
+        numbers.constant(self._emptied, self.rest)
 
     def strips(self, kind: Callable[[int], Hashable]) -> list[Strip]:
         """A strip for each group. `kind`: what is to be said of a value that the record does not make."""
