@@ -245,8 +245,9 @@ class Lists:
                 makes.append([*found, found[-1] + 1])
             else:
                 tokens.append([kind(n) for n in found])
-        n = len(columns[0])
-        return Strip(list(zip(*tokens, strict=True)) or [()] * n, list(zip(*columns, strict=True)), makes)
+        known: dict[Hashable, int] = {}  # numbers are compared much faster than what they stand for
+        said = [known.setdefault(row, len(known)) for row in together(tokens, len(columns[0]))]
+        return Strip(said, list(zip(*columns, strict=True)), makes)
 
     def written(self, at: int, writer: Writer[T], rest: Iterable[int], entries: Sequence[Sequence[Entry]]) -> T:
         """The record, which is at a position, with other numbers: `rest`, and `entries` for each group."""
