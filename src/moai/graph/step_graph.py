@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from moai.graph.made_quickly import made_quickly
+
 Phase = Literal["forward", "backward", "optimizer"]
 
 
@@ -40,6 +42,7 @@ class TensorType:
         return f"{str(self.dtype).removeprefix('torch.')}[{','.join(map(str, self.shape))}]"
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Ref:
     """A use of value `id`."""
@@ -70,6 +73,7 @@ class Origin:
     where: str = ""
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Node:
     """One functional operator.
@@ -152,7 +156,7 @@ def flat_ids(outs: Any) -> Sequence[int]:
 def refs(args: Any) -> list[Ref]:
     """Every `Ref` in (nested) args or kwargs, in order."""
     found: list[Ref] = []
-    _collect((args,), found)
+    _collect(args if type(args) is tuple else (args,), found)
     return found
 
 
@@ -163,7 +167,7 @@ def _collect(args: Iterable[Any], found: list[Ref]) -> None:
             found.append(a)
         elif kind is tuple or kind is list:
             _collect(a, found)
-        elif kind is dict:
+        elif kind is dict and a:
             _collect(a.values(), found)
 
 

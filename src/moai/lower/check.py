@@ -8,7 +8,7 @@ from moai.graph.placement import TIME, Mesh
 from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
 from moai.lower.operators import BUILTINS, COLLECTIVES, LOOPS, STARTS, operator
-from moai.lower.program import Instruction, PerRank, Program, Slot
+from moai.lower.program import PerRank, Program, Slot
 
 
 def check(program: Program) -> None:
@@ -16,16 +16,15 @@ def check(program: Program) -> None:
     alive = {s.id for s in program.inputs}
     defined = set(alive)
     for at, instruction in enumerate(program.instructions):
-        here = f"instruction {at} of {program.name}: {instruction}"
         for id_ in uses(instruction):
-            assert id_ in defined, f"%{id_} is used before it is defined, {here}"
-            assert id_ in alive, f"%{id_} is used after it was freed, {here}"
+            assert id_ in defined, f"%{id_} is used before it is defined, {_here(program, at)}"
+            assert id_ in alive, f"%{id_} is used after it was freed, {_here(program, at)}"
         outs = list(flat_ids(instruction.outs))
-        assert not defined.intersection(outs), f"a value is defined twice, {here}"
-        _check_operator(instruction, program.mesh, len(outs), here)
+        assert not defined.intersection(outs), f"a value is defined twice, {_here(program, at)}"
+        _check_operator(program, at, len(outs))
         defined.update(outs)
         alive.update(outs)
-        assert alive.issuperset(instruction.frees), f"a value is freed twice, {here}"
+        assert alive.issuperset(instruction.frees), f"a value is freed twice, {_here(program, at)}"
         alive.difference_update(instruction.frees)
     _check_results(program)
     for slot in program.outputs:
@@ -52,19 +51,29 @@ def _check_placement(slot: Slot, mesh: Mesh) -> None:
         assert len(shard.sizes) == mesh.count(shard.axes), f"%{slot.id}: parts {shard.sizes} on {mesh}"
 
 
-def _check_operator(instruction: Instruction, mesh: Mesh, n_outs: int, here: str) -> None:
+def _here(program: Program, at: int) -> str:
+    """For messages."""
+    return f"instruction {at} of {program.name}: {program.instructions[at]}"
+
+
+def _check_operator(program: Program, at: int, n_outs: int) -> None:
+    instruction, mesh = program.instructions[at], program.mesh
     if instruction.op in COLLECTIVES:
         # What differs between devices would make them disagree about the message.
-        assert not any(isinstance(a, PerRank) for a in instruction.args), f"a collective differs by device, {here}"
+        assert not any(isinstance(a, PerRank) for a in instruction.args), (
+            f"a collective differs by device, {_here(program, at)}"
+        )
         axes = instruction.args[1]
-        assert axes and set(axes) <= set(mesh.sizes) - {TIME}, f"axes {axes} on mesh {mesh}, {here}"
+        assert axes and set(axes) <= set(mesh.sizes) - {TIME}, f"axes {axes} on mesh {mesh}, {_here(program, at)}"
     elif instruction.op not in BUILTINS:
         operator(instruction.op)
     if instruction.op not in STARTS and instruction.op not in LOOPS:
-        assert len(instruction.shapes) == n_outs, f"{len(instruction.shapes)} shapes for {n_outs} results, {here}"
+        assert len(instruction.shapes) == n_outs, (
+            f"{len(instruction.shapes)} shapes for {n_outs} results, {_here(program, at)}"
+        )
     for shape in instruction.shapes:
         for length in shape:
-            assert _fits(length, mesh), f"a length of {length} on mesh {mesh}, {here}"
+            assert _fits(length, mesh), f"a length of {length} on mesh {mesh}, {_here(program, at)}"
 
 
 def _fits(length: Any, mesh: Mesh) -> bool:

@@ -18,12 +18,17 @@ from moai.lower.values import Values
 _SMALL = 4096
 
 
-def uses(instruction: Instruction) -> list[int]:
-    """The values that an instruction reads, one entry a use."""
-    found = refs(instruction.args)
-    if instruction.kwargs:
-        found += refs(instruction.kwargs)
-    return [r.id for r in found]
+def uses(instruction: Instruction) -> Sequence[int]:
+    """The values that an instruction reads, one entry a use. Every pass asks for them: they are remembered."""
+    try:
+        return instruction.remembered_uses
+    except AttributeError:
+        found = refs(instruction.args)
+        if instruction.kwargs:
+            found += refs(instruction.kwargs)
+        ids = tuple([r.id for r in found])
+        object.__setattr__(instruction, "remembered_uses", ids)
+        return ids
 
 
 def without_dead(code: Sequence[Instruction], outputs: Iterable[int]) -> list[Instruction]:

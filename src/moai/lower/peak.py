@@ -8,10 +8,10 @@ sums over passes exist already, stands for all later ones, whose parts are no la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args, refs
+from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args
 from moai.lower import on_meta
 from moai.lower.exchanged import Footprint, footprint, received
 from moai.lower.layouts import Laid, Result, dense, results
@@ -19,6 +19,11 @@ from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.values import local_lengths
 from moai.lower.workspaces import workspace
+
+_INTEGERS = {int}
+# What instructions like some were found to do, and how many of these are remembered.
+_effects: dict[Hashable, tuple[Any, int]] = {}
+_MOST = 1 << 14
 
 
 def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
@@ -139,28 +144,54 @@ class _Ledger:
         self.free(instruction)
 
     def _compute(self, instruction: Instruction) -> None:
-        args, kwargs = self._filled(instruction)
-        given = list(refs((instruction.args, instruction.kwargs)))
-        unused = 0
-        for out, result in self._results_of(instruction, args, kwargs):
+        given: list[int] = []
+        found, working = self._effect(instruction, given)
+        for out, result in _pairs(instruction.outs, found):
             if out is None:  # made, and dropped at once
-                unused += result.nbytes if result.shares is None else 0
+                working += result.nbytes if result.shares is None else 0
                 continue
             self._laid[out] = result.laid
-            self._hold(out, _Piece(result.nbytes) if result.shares is None else self._piece(given[result.shares].id))
-        self._working(unused + workspace(instruction.op, args))
+            self._hold(out, _Piece(result.nbytes) if result.shares is None else self._piece(given[result.shares]))
+        self._working(working)
 
-    def _results_of(
-        self, instruction: Instruction, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[tuple[int | None, Result]]:
+    def _effect(self, instruction: Instruction, given: list[int]) -> tuple[Any, int]:
+        """Results, nested as its outs, and the bytes that it works in. `given` gets the values that it is given."""
+        key = (instruction.op, self._said(instruction.args, given), self._said(instruction.kwargs, given))
+        known = _effects.get(key)
+        if known is not None:
+            return known
+        args, kwargs = self._filled(instruction)
+        working = workspace(instruction.op, args)
         if instruction.outs is None:
-            return iter(())
+            return None, working
         try:
-            return _pairs(instruction.outs, results(instruction.op, args, kwargs))
+            found = results(instruction.op, args, kwargs)
         except Exception:  # PyTorch cannot tell without data: what is claimed has to do
-            claimed = zip(flat_ids(instruction.outs), instruction.shapes, strict=True)
-            laid = ((out, dense(self._lengths(shape), self._types[out].dtype)) for out, shape in claimed)
-            return iter([(out, Result(x, None, x.nbytes)) for out, x in laid])
+            return self._claimed(instruction.outs, iter(instruction.shapes)), working
+        if len(_effects) >= _MOST:
+            _effects.clear()
+        _effects[key] = found, working
+        return found, working
+
+    def _said(self, a: Any, given: list[int]) -> Hashable:
+        """All that an argument says about the results. Tells 1 from 1.0 and True."""
+        kind = type(a)
+        if kind is Ref:
+            given.append(a.id)
+            return self._laid[a.id]
+        if kind is tuple and _INTEGERS.issuperset(map(type, a)):
+            return a
+        if kind is tuple or kind is list:
+            return tuple([self._said(x, given) for x in a])
+        if kind is dict:
+            return tuple([(name, self._said(x, given)) for name, x in a.items()])
+        return (int, self._here(a)) if kind is PerRank else Scalar if kind is Scalar else (kind, a)
+
+    def _claimed(self, outs: Any, shapes: Iterator[Sequence[Any]]) -> Any:
+        if isinstance(outs, int):
+            laid = dense(self._lengths(next(shapes)), self._types[outs].dtype)
+            return Result(laid, None, laid.nbytes)
+        return None if outs is None else [self._claimed(o, shapes) for o in outs]
 
     def _filled(self, instruction: Instruction) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def leaf(x: Any) -> Any:

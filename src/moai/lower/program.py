@@ -42,6 +42,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moai.graph.made_quickly import made_quickly
 from moai.graph.placement import Mesh, Placement
 from moai.graph.step_graph import TensorType
 
@@ -57,8 +58,16 @@ class PerRank:
         return f"<{','.join(self.axes)}: {'|'.join(map(str, self.values))}>"
 
 
+class _Room:
+    """For what is worked out of an instruction (`cleanup.uses`), and no part of it."""
+
+    __slots__ = ("remembered_uses",)
+    remembered_uses: tuple[int, ...]
+
+
+@made_quickly
 @dataclass(frozen=True, slots=True)
-class Instruction:
+class Instruction(_Room):
     """`outs` as in StepGraph.Node: an id, None, or a tuple of those. `shapes` are the local shapes of the flat outputs
     (entries may be PerRank), checked when a program runs for the first time; empty where nothing is to check."""
 
@@ -71,6 +80,7 @@ class Instruction:
     where: str = ""
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A buffer that enters or leaves a program: value id, global type, how it lies on the devices (never split over

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from operator import eq
 
 # How many of the distances at which tokens come again are looked at: layers, and layers within layers.
@@ -34,14 +35,16 @@ class Stretch:
 
 def periods(tokens: Sequence[Hashable]) -> list[tuple[int, list[Stretch]]]:
     """Periods with the stretches that have them, those that cover most first."""
-    distances: Counter[int] = Counter()
-    seen: dict[tuple[Hashable, ...], int] = {}
-    for i, gram in enumerate(zip(*(tokens[k:] for k in range(_GRAM)), strict=False)):
-        if gram in seen:
-            distances[i - seen[gram]] += 1
-        seen[gram] = i
-    found = [(period, _stretches(tokens, period)) for period, _ in distances.most_common(_PERIODS)]
-    return sorted(found, key=lambda pair: (-sum(s.end - s.start for s in pair[1]), pair[0]))
+    grams = zip(*(tokens[k:] for k in range(_GRAM)), strict=False)
+    first: dict[tuple[Hashable, ...], int] = {}
+    latest = list(range(len(tokens)))
+    distances = []
+    for i, found in enumerate(map(first.setdefault, grams, count())):
+        distances.append(i - latest[found])
+        latest[found] = i
+    common = [distance for distance, _ in Counter(distances).most_common(_PERIODS + 1) if distance]
+    stretches = [(period, _stretches(tokens, period)) for period in common[:_PERIODS]]
+    return sorted(stretches, key=lambda pair: (-sum(s.end - s.start for s in pair[1]), pair[0]))
 
 
 def apart(tokens: Sequence[Hashable], least: int) -> list[Stretch]:

@@ -18,12 +18,14 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise, repeat
 from math import lcm
 from operator import sub
+from typing import TypeVar
 
 from moai.lower.repeats import Stretch, apart
 
+T = TypeVar("T")
 # At each end, so many copies may differ in what they use: the first layer reads the embedding, the last feeds the head.
 _EDGE = 2
 # What stands still uses copies that are so near to an end that there is no doubt whether they go with the first layer
@@ -60,11 +62,28 @@ class Copies:
     strides: Sequence[int]
     steps: range
 
+    def columns(self) -> list[Iterable[int]]:
+        """The numbers of every copy: of the first number of each copy, of the second, and so on."""
+        first, end, n = self.steps.start, self.steps.stop, len(self.steps)
+        moved = zip(self.base, self.strides, strict=True)
+        return [range(b + s * first, b + s * end, s) if s else repeat(b, n) for b, s in moved]
+
     def entries(self) -> Iterator[Entry]:
-        for step in self.steps:
-            numbers = [b + s * step for b, s in zip(self.base, self.strides, strict=True)]
-            for element, (begin, end) in zip(self.elements, self.bounds, strict=True):
-                yield element, numbers[begin:end]
+        columns, n = self.columns(), len(self.steps)
+        each = zip(self.elements, self.bounds, strict=True)
+        return interleaved(
+            [zip(repeat(e, n), together(columns[begin:end], n), strict=True) for e, (begin, end) in each]
+        )
+
+
+def together(columns: Sequence[Iterable[T]], n: int) -> Iterable[tuple[T, ...]]:
+    """The first entries of all columns, then the second ones, and so on; there are `n` of each."""
+    return zip(*columns, strict=True) if columns else repeat((), n)
+
+
+def interleaved(columns: Sequence[Iterable[T]]) -> Iterator[T]:
+    """The same, all in a row."""
+    return chain.from_iterable(zip(*columns, strict=True))
 
 
 def entries(parts: Iterable[Entry | Copies]) -> list[Entry]:
@@ -146,7 +165,7 @@ def run_of(strip: Strip, start: int, period: int, end: int) -> Run | None:
 
 
 def _numbers(strip: Strip, start: int, n: int) -> list[int]:
-    return [number for numbers in strip.numbers[start : start + n] for number in numbers]
+    return list(chain.from_iterable(strip.numbers[start : start + n]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,12 @@ What treats all layers at once (a fused optimizer, a bucket) has long lists. The
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from types import NoneType
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from moai.graph.step_graph import Ref, Scalar, flat_ids
-from moai.lower.depth.pattern import Copies, Entry, Strip
+from moai.lower.depth.pattern import Copies, Entry, Strip, interleaved, together
 
 # Shorter lists have no layers in them.
 _LONG = 3
@@ -59,8 +59,15 @@ class Numbers:
         known: dict[Hashable, int] = {}
         for op, args, kwargs, outs, frees, shapes in records:
             found: list[int] = []
-            constants = self.constants(args, found)
-            named = self.constants((kwargs,), found) if kwargs else None
+            said = [op, shapes, len(frees)]
+            for a in args:
+                if type(a) is Ref:
+                    found.append(of[a.id])
+                    said.append(Ref)
+                else:
+                    said.append(self.constant(a, found))
+            if kwargs:
+                said.append(self.constant(kwargs, found))
             if type(outs) is int:
                 of[outs] = number = len(of)
                 found.append(number)
@@ -70,7 +77,8 @@ class Numbers:
                     found.append(number)
             if frees:
                 found += [of[i] for i in frees]
-            token = known.setdefault((op, constants, named, len(found), len(frees), shapes), len(known))
+            said.append(len(found))
+            token = known.setdefault(tuple(said), len(known))
             while self._met:
                 self.users.setdefault(self._met.pop(), token)
             tokens.append(token)
@@ -78,25 +86,21 @@ class Numbers:
             made.append(len(of))
         return Strip(tokens, numbers, (made,))
 
-    def constants(self, args: Iterable[Any], numbers: list[int]) -> tuple[Any, ...]:
-        """What is constant in `args`, as something to compare; `numbers` gets those of the values."""
-        found: list[Any] = []
-        for a in args:
-            kind = type(a)
-            if kind is Ref:
-                numbers.append(self.of[a.id])
-                found.append(Ref)
-            elif kind is tuple or kind is list:
-                found.append(a if set(map(type, a)) == _INTEGERS else self.constants(a, numbers))
-            elif kind is Scalar:
-                numbers.append(self.scalars + a.index)
-                self._met.append(a.index)
-                found.append(Scalar)
-            elif kind is dict:
-                found.append((*a, self.constants(a.values(), numbers)))
-            else:
-                found.append(repr(a) if kind in _LOOKALIKE else a)
-        return tuple(found)
+    def constant(self, a: Any, numbers: list[int]) -> Hashable:
+        """What is constant in an argument, as something to compare; `numbers` gets those of the values."""
+        kind = type(a)
+        if kind is Ref:
+            numbers.append(self.of[a.id])
+            return Ref
+        if kind is tuple or kind is list:
+            return a if _INTEGERS.issuperset(map(type, a)) else tuple([self.constant(x, numbers) for x in a])
+        if kind is Scalar:
+            numbers.append(self.scalars + a.index)
+            self._met.append(a.index)
+            return Scalar
+        if kind is dict:
+            return (*a, *[self.constant(x, numbers) for x in a.values()])
+        return repr(a) if kind in _LOOKALIKE else a
 
     def number(self, leaf: Ref | Scalar) -> int:
         return self.of[leaf.id] if type(leaf) is Ref else self.scalars + leaf.index  # type: ignore[union-attr]
@@ -120,30 +124,33 @@ class Writer(Generic[T]):
         return self.maker(at)(args, kwargs, outs, tuple([take() for _ in record.frees]), record.shapes)
 
     def copies(self, copies: Copies) -> list[T]:
-        """Nearly all of a deep program, and most of the time would go here."""
-        made = [self._each(at, copies, *bounds) for at, bounds in zip(copies.elements, copies.bounds, strict=True)]
-        return [each(step) for step in copies.steps for each in made]
+        """Nearly all of a deep program, and most of the time would go here: every element is written for all copies at
+        once, argument by argument."""
+        columns, n = copies.columns(), len(copies.steps)
+        each = zip(copies.elements, copies.bounds, strict=True)
+        return list(interleaved([self._column(at, iter(columns[begin:end]).__next__, n) for at, (begin, end) in each]))
 
-    def _each(self, at: int, copies: Copies, begin: int, end: int) -> Callable[[int], T]:
-        """A function of the step."""
-        record, refs, make = self._records[at], self._refs, self.maker(at)
-        grown = list(zip(copies.base[begin:end], copies.strides[begin:end], strict=True))
-        places = _places(record)
-        if places is None:
-            return lambda step: self.one(at, [b + s * step for b, s in grown])
-        used = [(place, *moved) for place, moved in zip(places, grown, strict=False)]
-        outs = grown[len(places)] if record.outs is not None else None
-        freed = grown[len(grown) - len(record.frees) :]
-        args, kwargs, shapes = record.args, record.kwargs, record.shapes
+    def _column(self, at: int, take: Callable[[], Iterable[int]], n: int) -> Iterator[T]:
+        """`n` times the record at a position, with what `take` gives: the numbers that they have in some place."""
+        record = self._records[at]
+        args, kwargs = self._values(record.args, take, n), self._values(record.kwargs, take, n)
+        outs = _ids_of(record.outs, take, n)
+        frees = together([take() for _ in record.frees], n)
+        return map(self.maker(at), args, kwargs, outs, frees, repeat(record.shapes, n))
 
-        def each(step: int) -> T:
-            new = list(args)
-            for place, b, s in used:
-                new[place] = refs[b + s * step]
-            out = outs and outs[0] + outs[1] * step
-            return make(tuple(new), kwargs, out, tuple([b + s * step for b, s in freed]), shapes)
-
-        return each
+    def _values(self, a: Any, take: Callable[[], Iterable[int]], n: int) -> Iterable[Any]:
+        """An argument, of `n` copies, with what `take` gives in the place of values."""
+        kind = type(a)
+        if kind is Ref:
+            return map(self._refs.__getitem__, take())
+        if kind is Scalar:
+            return [Scalar(number - self.scalars) for number in take()]
+        if _is_constant(a):
+            return repeat(a, n)
+        if kind is dict:
+            return [dict(zip(a, own, strict=True)) for own in self._values(tuple(a.values()), take, n)]
+        each = together([self._values(x, take, n) for x in a], n)
+        return map(list, each) if kind is list else each
 
     def args(self, args: Iterable[Any], take: Callable[[], int]) -> tuple[Any, ...]:
         """`args` with what `take` gives in the place of values."""
@@ -175,13 +182,11 @@ class _Refs(dict[int, Ref]):
         return ref
 
 
-def _places(record: Record) -> list[int] | None:
-    """Where values are in the arguments, if nowhere deeper, and there is one result at most; None otherwise."""
-    if type(record.outs) not in (int, NoneType):
-        return None
-    others = [a for a in (*record.args, *record.kwargs.values()) if type(a) is not Ref]
-    constant = all(map(_is_constant, others)) and Ref not in map(type, record.kwargs.values())
-    return [place for place, a in enumerate(record.args) if type(a) is Ref] if constant else None
+def _ids_of(outs: Any, take: Callable[[], Iterable[int]], n: int) -> Iterable[Any]:
+    """As `_outs`, of `n` copies."""
+    if type(outs) is int:
+        return take()
+    return repeat(None, n) if outs is None else together([_ids_of(o, take, n) for o in outs], n)
 
 
 def _outs(outs: Any, take: Callable[[], int]) -> Any:
@@ -219,7 +224,7 @@ class Lists:
         self.groups = tuple(map(tuple, valued))
         self._emptied = _filled(self._form, {path: () for group in self.groups for path in group})
         self.rest: list[int] = []
-        numbers.constants(self._emptied, self.rest)
+        numbers.constant(self._emptied, self.rest)
 
     def strips(self, kind: Callable[[int], Hashable]) -> list[Strip]:
         """A strip for each group. `kind`: what is to be said of a value that the record does not make."""
@@ -240,8 +245,9 @@ class Lists:
                 makes.append([*found, found[-1] + 1])
             else:
                 tokens.append([kind(n) for n in found])
-        n = len(columns[0])
-        return Strip(list(zip(*tokens, strict=True)) or [()] * n, list(zip(*columns, strict=True)), makes)
+        known: dict[Hashable, int] = {}  # numbers are compared much faster than what they stand for
+        said = [known.setdefault(row, len(known)) for row in together(tokens, len(columns[0]))]
+        return Strip(said, list(zip(*columns, strict=True)), makes)
 
     def written(self, at: int, writer: Writer[T], rest: Iterable[int], entries: Sequence[Sequence[Entry]]) -> T:
         """The record, which is at a position, with other numbers: `rest`, and `entries` for each group."""
@@ -290,7 +296,10 @@ def _is_leaf(x: Any) -> bool:
 
 
 def _is_constant(x: Any) -> bool:
-    return all(map(_is_constant, x)) if type(x) in (tuple, list) else not _is_leaf(x)
+    kind = type(x)
+    if kind is dict:
+        x = x.values()
+    return all(map(_is_constant, x)) if kind in (tuple, list, dict) else not _is_leaf(x)
 
 
 def _long(form: Any, path: Path) -> list[tuple[Path, Sequence[Any]]]:
