@@ -19,7 +19,8 @@ from moai.runtime import compiled, inductor
 from moai.runtime.accelerator import Accelerator
 from moai.runtime.compiled import Policy, ProgramRegions, policy
 from moai.runtime.executor import Executor
-from moai.runtime.inductor import Body, Compiler, Layout, cache_folder
+from moai.runtime.inductor import Body, Compiler, cache_folder
+from moai.runtime.layout import Layout
 from tests.runtime.programs import cpus, f32, op, program, slot
 
 CPU = torch.device("cpu")

@@ -10,10 +10,11 @@ import torch
 
 from moai.graph.step_graph import Ref
 from moai.lower.program import Program
-from moai.runtime import inductor, products
+from moai.runtime import inductor, products, rivals
 from moai.runtime.executor import Executor
 from moai.runtime.inductor import Compiler
-from moai.runtime.products import by_onednn, is_for_onednn, is_product
+from moai.runtime.layout import Layout
+from moai.runtime.products import by_onednn, examples, is_for_onednn, is_product
 from tests.runtime.programs import f32, op, program, slot
 
 CPU = torch.device("cpu")
@@ -24,10 +25,10 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, ...]]:
-    """The sizes of the products that were tried; oneDNN is always faster."""
+    """The sizes of the second factors that were tried; oneDNN is always faster."""
     found: list[tuple[int, ...]] = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor, "onednn_is_faster", lambda sizes, transposed: found.append(sizes) or True)
+    monkeypatch.setattr(inductor, "is_faster", lambda rival, plain, layouts: found.append(layouts[-1].shape) or True)
     return found
 
 
@@ -40,7 +41,7 @@ def by_others(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return by_onednn(inputs)
 
-    monkeypatch.setattr(inductor, "by_onednn", counted)
+    monkeypatch.setattr(products, "by_onednn", counted)
     return calls
 
 
@@ -73,7 +74,7 @@ def _cast(p: Program, dtype: torch.dtype) -> Program:
 
 def test_the_faster_library_gives_the_same_numbers(tried: list[tuple[int, ...]], by_others: list[int]) -> None:
     plain, *others = runs()
-    assert tried == [(SIDE, SIDE, SIDE)] * 2 and len(by_others) == 4
+    assert tried == [(SIDE, SIDE)] * 2 and len(by_others) == 4
     for each in others:
         torch.testing.assert_close(each, plain, rtol=1e-4, atol=1e-2)
 
@@ -87,7 +88,7 @@ def test_what_was_found_out_stays(tried: list[tuple[int, ...]], by_others: list[
 def test_where_blas_is_as_fast_it_stays(
     tried: list[tuple[int, ...]], by_others: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inductor, "onednn_is_faster", lambda sizes, transposed: False)
+    monkeypatch.setattr(inductor, "is_faster", lambda rival, plain, layouts: False)
     first, *others = runs()
     assert not by_others and all(torch.equal(each, first) for each in others)
 
@@ -113,7 +114,14 @@ def test_a_product_that_writes_or_scales_is_not_plain() -> None:
     assert not is_product(op("aten.mm.default", Ref(0), Ref(0), outs=1))
 
 
-def test_both_libraries_are_tried_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_tried_as_they_lie_but_no_larger_than_needed() -> None:
+    given = [torch.ones(5), torch.ones(products._LONGEST + 1, 3), torch.ones(5, 3).t()]
+    bias, a, b = examples(list(map(Layout.of, given)))
+    assert bias.shape == (5,) and a.shape == (products._LONGEST, 3)
+    assert b.shape == (3, 5) and b.stride() == given[2].stride()
+
+
+def test_rivals_are_tried_in_turns() -> None:
     order: list[str] = []
-    products._least_seconds(lambda: order.append("a"), lambda: order.append("b"))
+    rivals._least_seconds(lambda: order.append("a"), lambda: order.append("b"))
     assert order[:4] == ["a", "b", "a", "b"] and len(order) >= 10

@@ -1,7 +1,7 @@
 """Compiled regions: when a program's regions are compiled, and what stands for them then.
 
-In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions. A matrix product
-is a region of its own, for which another library's function may stand (`products`).
+In: a program, and the tensors that its regions meet in a run. Out: functions that stand for regions. A kernel that has
+a rival is a region of its own (`rivals`).
 
 A program starts as it is. Compiling begins, in the background, once compiled code would have saved by now what it
 costs: a program that has run for so long will probably run for as long again. MOAI_COMPILE=always compiles before the
@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 import torch
 
+from moai.graph.step_graph import flat_ids
 from moai.lower.again import computing_again
 from moai.lower.program import Instruction, Program
 from moai.lower.regions import Region, region_of, regions
 from moai.runtime.codegen import Call
-from moai.runtime.inductor import Body, Compiler, Function, Job, Layout
-from moai.runtime.products import is_for_onednn, is_product
+from moai.runtime.inductor import Body, Compiler, Function, Job
+from moai.runtime.layout import Layout
+from moai.runtime.rivals import rival
 
 Policy = Literal["always", "never", "auto"]
 
@@ -57,7 +59,7 @@ class CompiledRegion:
         self._rounding = body.rounding(layouts)
         self._function = function
         self._compiler = compiler
-        self._tried = body.is_product  # a library's function needs no proof
+        self._tried = False
 
     def __call__(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         function = self._function
@@ -131,7 +133,7 @@ class ProgramRegions:
         self._submitted = self._taken = False
         if wanted != "never":
             code = program.instructions
-            for region in (*computing_again(program, regions(program)), *_products(code)):
+            for region in (*computing_again(program, regions(program)), *_rivalled(code)):
                 own = [call for call in region.of(calls) if call is not None]
                 self._bodies[region.start] = Body(region, region.of(code), own)
 
@@ -147,7 +149,7 @@ class ProgramRegions:
         if body is None:
             return
         inputs = [values[i] for i in body.region.inputs]
-        if is_for_onednn(inputs) if body.is_product else _written_apart(body, inputs):
+        if body.rival.takes(inputs) if body.rival else _written_apart(body, inputs):
             self._jobs[index] = self._compiler.job(body, tuple(map(Layout.of, inputs)))
 
     def ran(self, seconds: float) -> None:
@@ -173,15 +175,15 @@ class ProgramRegions:
             job = self._jobs.get(index)
             function = job.function if job else None
             # A region stands for its instructions even if it is not compiled: others count on what it does again.
-            if function or not body.is_product:
+            if function or not body.rival:
                 layouts = job.layouts if job else ()
                 found[index] = (body.region, CompiledRegion(body, layouts, function, self._compiler))
         return found
 
 
-def _products(code: Sequence[Instruction]) -> Iterator[Region]:
-    """Each matrix product as a region of its own."""
-    return (region_of(code, at, at + 1, (i.outs,)) for at, i in enumerate(code) if is_product(i))
+def _rivalled(code: Sequence[Instruction]) -> Iterator[Region]:
+    """Each kernel that has a rival as a region of its own."""
+    return (region_of(code, at, at + 1, tuple(flat_ids(i.outs))) for at, i in enumerate(code) if rival(i))
 
 
 def _written_apart(body: Body, inputs: Sequence[torch.Tensor]) -> bool:

@@ -28,17 +28,17 @@ from moai.lower.cleanup import uses
 from moai.lower.program import Instruction
 from moai.lower.regions import Region, is_plain_view
 from moai.runtime.codegen import Call
-from moai.runtime.products import by_onednn, is_product, onednn_is_faster
+from moai.runtime.layout import Layout
+from moai.runtime.rivals import Rival, is_faster, rival
 
 Function = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 # CPU seconds of compiling: to begin with, for a region, for one that is on disk. Measured on two cores of an AMD EPYC.
 _START_SECONDS, _REGION_SECONDS, _CACHED_SECONDS = 5.0, 2.0, 0.3
-_PRODUCT_SECONDS = 0.2  # of trying out whose product is faster
+_RIVAL_SECONDS = 0.2  # of trying out whether a kernel's rival is faster
 # The longest wait for another rank to compile the same region: then it is done here as well.
 _LOCK_SECONDS = 120.0
 _NICE = 10
-_ONEDNN = "oneDNN"
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -47,29 +47,16 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return Path(theirs) if theirs else cache.home(environ) / "inductor"
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What code is compiled for."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(x: torch.Tensor) -> Layout:
-        return Layout(tuple(x.shape), x.stride(), x.dtype)
-
-
 class Body:
     """A region's instructions with their calls. `overwritten`: the inputs that an instruction writes into; of these,
-    those that are `kept` are read behind the region."""
+    those that are `kept` are read behind the region. `rival`: that of its only instruction."""
 
     def __init__(self, region: Region, code: Sequence[Instruction], calls: Sequence[Call]) -> None:
         self.region = region
         self._steps = [(call, instruction.outs) for call, instruction in zip(calls, code, strict=True)]
         self.overwritten = _overwritten(code, calls).intersection(region.inputs)
         self.kept = self.overwritten.difference(region.frees)
-        self.is_product = len(code) == 1 and is_product(code[0])
+        self.rival = rival(code[0]) if len(code) == 1 else None
 
     def rounding(self, layouts: Sequence[Layout]) -> float:
         """The relative rounding error of the coarsest floats that are computed with."""
@@ -172,11 +159,11 @@ class Compiler:
     def cost(self, jobs: Sequence[Job]) -> float:
         """CPU seconds that it takes to do what is not done yet."""
         fresh = {job.key: job for job in jobs if not job.done.is_set()}
-        regions = [key for key, job in fresh.items() if not job.body.is_product]
+        regions = [key for key, job in fresh.items() if not job.body.rival]
         on_disk = sum(self._mark(key).exists() for key in regions)
         start = 0.0 if self._thread or not regions else _START_SECONDS
         found = start + on_disk * _CACHED_SECONDS + (len(regions) - on_disk) * _REGION_SECONDS
-        return found + _PRODUCT_SECONDS * (len(fresh) - len(regions))
+        return found + _RIVAL_SECONDS * (len(fresh) - len(regions))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have `jobs` done, in this order."""
@@ -213,8 +200,8 @@ class Compiler:
     def _do(self, job: Job) -> None:
         try:
             with self._alone(job.key):
-                if job.body.is_product:
-                    job.function = self._product(job)
+                if job.body.rival:
+                    job.function = self._faster(job, job.body.rival)
                 else:
                     job.function = _compiled(job.body, job.layouts, self._device)
                     self._mark(job.key).touch()
@@ -222,14 +209,12 @@ class Compiler:
             reason = (str(error).strip().splitlines() or [""])[0]
             self.complain(f"A part of the step cannot be compiled ({type(error).__name__}: {reason})")
 
-    def _product(self, job: Job) -> Function | None:
+    def _faster(self, job: Job, rival: Rival) -> Function | None:
         """What was found out once on this machine stays: runs shall not differ by chance."""
         mark = self._mark(job.key)
         if not mark.exists():
-            *_, a, b = job.layouts
-            faster = onednn_is_faster((*a.shape, b.shape[1]), transposed=b.stride[-1] != 1)
-            mark.write_text(_ONEDNN if faster else "")
-        return by_onednn if mark.read_text() == _ONEDNN else None
+            mark.write_text(rival.name if is_faster(rival, job.body, job.layouts) else "")
+        return rival.function if mark.read_text() == rival.name else None
 
     def _mark(self, key: str) -> Path:
         return self._folder / "moai" / key
