@@ -1,22 +1,26 @@
 """`moai plan`: what is asked, and what is shown."""
 
 import json
+import os
 
 import pytest
 from rich.console import Console
 
 from moai.cli import app
-from moai.cli.plan import figures, page, report, schedule
+from moai.cli.plan import choosing, figures, page, report, schedule
 from moai.cli.plan.arguments import separated
 from moai.cli.plan.choosing import Chosen
-from moai.cli.plan.request import Target, budget, others
+from moai.cli.plan.request import Target, budget, of, others
 from moai.dry.session import Captured
 from moai.graph.step_graph import StepGraph
 from moai.plan import cluster_file
 from moai.plan.cost import Parts, Prediction, Stage
 from moai.plan.plan import Plan
+from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Candidate, Choice
+from moai.plan.timings import Described
 from moai.plan.work import Memory
+from moai.profiling import store
 
 GIB = 2**30
 CLUSTER = cluster_file.load("mi250")
@@ -130,6 +134,16 @@ def test_other_sizes_are_the_flavors_of_the_hardware_and_multiples_beyond(cluste
     names = [each.name for each in others(Target("8xLarge.4096GB", CLUSTER, True, 0), {})]
     assert (names[0], names[12], names[-1]) == ("Small.64GB", "48xLarge.24576GB", "6144 x AMD Instinct MI250")
     assert [each.cluster.n_devices for each in others(Target("mi250:8", CLUSTER, False, 0), {})] == [16, 32, 64, 128]
+
+
+def test_times_are_measured_ones_where_the_devices_were_profiled(home, monkeypatch):
+    monkeypatch.setenv("MOAI_DEVICES", "2")
+    here = of(None, None, None, [], None, None, dict(os.environ)).target
+    assert len(here.devices) == 2 and isinstance(choosing.timings(here), Described)
+    profile = Profile(store.hardware(here.devices), "", 1e-6, 0.1, {})
+    monkeypatch.setattr(store, "find", lambda devices: profile)
+    assert isinstance(choosing.timings(here), Profiled)
+    assert isinstance(choosing.timings(Target("h100", CLUSTER, False, 0)), Described)
 
 
 # ---------------------------------------------------------------- what is shown

@@ -20,10 +20,12 @@ from moai.lower.inputs import global_batch
 from moai.lower.sampling import observe
 from moai.plan.options import Options
 from moai.plan.plan import Plan
+from moai.plan.profile import Profiled
 from moai.plan.search import Candidate, Choice, NoPlan, Step, search
 from moai.plan.space import Allowed
-from moai.plan.timings import Described
+from moai.plan.timings import Described, Timings
 from moai.platform.errors import AcceleratorError
+from moai.profiling import store
 
 # How long is looked for the smallest flavor, which is no part of the choice.
 _FLAVOR_SECONDS = 20.0
@@ -64,8 +66,8 @@ class Planner:
         if level := fixed.pop("recompute", None):
             fixed["recompute"] = (level,)
         allowed = replace(Allowed() if self._options is None else Allowed.by(self._options), **fixed)
-        timings, base = Described(target.cluster), Plan(precision=precision)
-        return search(self._step, target.cluster, timings, target.budget_bytes, allowed, base, progress)
+        base = Plan(precision=precision)
+        return search(self._step, target.cluster, timings(target), target.budget_bytes, allowed, base, progress)
 
     def fits(self, target: Target, until: float) -> bool:
         """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
@@ -74,6 +76,12 @@ class Planner:
         except NoPlan:
             return False
         return True
+
+
+def timings(target: Target) -> Timings:
+    """Measured ones where these devices have been profiled."""
+    profile = store.find(target.devices) if target.devices else None
+    return Described(target.cluster) if profile is None else Profiled(profile, target.cluster)
 
 
 def _observing(graph: StepGraph) -> Callable[[Plan], Any]:

@@ -16,10 +16,11 @@ from rich.text import Text
 
 from moai.cli import reports
 from moai.cli.plan import figures
-from moai.cli.plan.choosing import Chosen, ratio
+from moai.cli.plan.choosing import Chosen, ratio, timings
 from moai.cli.plan.figures import seconds, size
 from moai.graph.step_graph import StepGraph
 from moai.plan.cost import Prediction
+from moai.plan.profile import Profiled
 from moai.plan.search import Candidate
 
 _SHOWN = 8
@@ -55,6 +56,8 @@ def _summary(chosen: Chosen, prediction: Prediction) -> Text:
     if chosen.smallest is not None:
         lines.append(f"Flavor     the smallest that fits is {chosen.smallest}")
     lines.append(f"Search     {seconds(choice.search_s)}, {len(choice.candidates):,} plans")
+    if chosen.target.devices:
+        lines.append(f"Times      {_times_are(chosen)}")
     if chosen.captured.batches > 1:
         lines.append(
             f"Note       the script adds up the gradients of {chosen.captured.batches} batches before its optimizer's "
@@ -65,6 +68,12 @@ def _summary(chosen: Chosen, prediction: Prediction) -> Text:
             "Note       the script does not ask for this plan yet: torch.moreh.option.enable_advanced_parallelization()"
         )
     return Text("\n".join(lines))
+
+
+def _times_are(chosen: Chosen) -> str:
+    if isinstance(timings(chosen.target), Profiled):
+        return "as measured on these devices"
+    return "from a description of such devices: `moai profile` would measure them"
 
 
 def _weights(graph: StepGraph) -> list[str]:

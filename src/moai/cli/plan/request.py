@@ -15,8 +15,10 @@ from moai.cli.script import check_script
 from moai.plan import cluster_file, parse
 from moai.plan.cluster import Cluster
 from moai.plan.errors import PlanError
-from moai.platform import accelerators, clusters, flavors, pool
+from moai.platform import accelerators, clusters, config, flavors, pool
+from moai.platform.device import Device
 from moai.platform.errors import AcceleratorError
+from moai.platform.flavors import Flavor
 
 RATIO = "MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO"
 _DEFAULT_RATIO = 80  # percent
@@ -26,12 +28,13 @@ _MULTIPLES = (2, 4, 8, 16)  # of the largest size, that a step is tried on which
 @dataclass(frozen=True, slots=True)
 class Target:
     """What to plan for. `name`: as a person knows it; `is_flavor`: whether others like it are on offer; `budget_bytes`:
-    what a plan may use of each device."""
+    what a plan may use of each device; `devices`: those of this machine that it is, if it is."""
 
     name: str
     cluster: Cluster
     is_flavor: bool
     budget_bytes: int
+    devices: tuple[Device, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,23 @@ def _target(flavor: str | None, cluster: str | None, environ: Mapping[str, str])
             raise AcceleratorError(f"--cluster: {error}") from None
         return Target(f"{found.name}:{found.n_devices}", found, False, budget(found, environ))
     if flavor is not None:
+        here = flavors.find(flavor, flavors.available(pool.probe(environ), environ))
+        if here is not None:
+            return _of_flavor(here, environ, environ)
         found = clusters.of_name(flavor, environ)
         return Target(flavor, found, True, budget(found, environ))
-    chosen = accelerators.choose(environ).flavor
-    found = clusters.of_flavor(chosen, pool.probe(environ), environ)
-    return Target(chosen.name, found, True, budget(found, environ))
+    try:
+        chosen = accelerators.choose(environ).flavor
+    except (ValueError, RuntimeError) as error:
+        raise AcceleratorError(str(error)) from None
+    return _of_flavor(chosen, environ, environ)
+
+
+def _of_flavor(flavor: Flavor, where: Mapping[str, str], environ: Mapping[str, str]) -> Target:
+    """`where`: the environment whose operator's file has the flavor."""
+    cluster = clusters.of_flavor(flavor, pool.probe(environ), where)
+    described = config.load(where).cluster is not None
+    return Target(flavor.name, cluster, True, budget(cluster, environ), () if described else flavor.devices)
 
 
 def budget(cluster: Cluster, environ: Mapping[str, str]) -> int:
@@ -117,7 +132,6 @@ def _flavors(target: Target, environ: Mapping[str, str]) -> list[Target]:
     for where in (environ, {**environ, "MOAI_CONFIG": str(clusters.EXAMPLE)}):
         known = flavors.available(machine, where)
         if flavors.find(target.name, known):
-            described = {f.name: clusters.of_flavor(f, machine, where) for f in known}
-            found = [Target(name, cluster, True, budget(cluster, environ)) for name, cluster in described.items()]
+            found = [_of_flavor(flavor, where, environ) for flavor in known]
             return sorted(found, key=lambda each: each.cluster.n_devices)
     return []
