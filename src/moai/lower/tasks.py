@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moai.graph.step_graph import Phase, Ref, TensorType, flat_ids, refs
+from moai.lower.cleanup import uses
 from moai.lower.on_meta import named_arguments, only_written, written
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS, is_view
 from moai.lower.program import Instruction, PerRank, Program
@@ -47,16 +48,21 @@ def tasks(program: Program, types: Mapping[int, TensorType], phases: Mapping[int
 def bounds(program: Program, phases: Mapping[int, str]) -> tuple[int, int]:
     """Where the backward begins, and where the optimizer does; the end of the program where there is none.
 
-    What writes in place makes no value that would tell. So the backward goes from
-    the first value that is made in it to the last.
+    What writes in place makes no value that would tell. So the backward goes from the first value that is made in it to
+    the last. What needs no other value is made before a loop, and tells nothing.
     """
     code = program.instructions
+    begin = max((at for at, each in enumerate(code) if each.op == "repeat"), default=0)
     backward = [
         at
         for at, each in enumerate(code)
-        if each.op not in BUILTINS and any(phases.get(o) in _BACKWARD for o in flat_ids(each.outs))
+        if at >= begin and each.op not in BUILTINS and uses(each) and _made_in_backward(each, phases)
     ]
     return (backward[0], backward[-1] + 1) if backward else (len(code), len(code))
+
+
+def _made_in_backward(instruction: Instruction, phases: Mapping[int, str]) -> bool:
+    return any(phases.get(out) in _BACKWARD for out in flat_ids(instruction.outs))
 
 
 def shapes_of(program: Program) -> dict[int, Shape]:
