@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -158,6 +160,25 @@ def test_the_optimizer_works_on_parts():
     assert ops(program.instructions)["add_"] == len(written) >= 2 * LAYERS
     states = {s.id for s in program.inputs[: 2 * LAYERS]}
     assert states <= {i.args[0].id for i in written}, "updated where they lie"
+
+
+def test_the_first_states_of_an_optimizer_are_made_in_parts():
+    def first_step(w: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inner = w.detach().requires_grad_()
+        loss = (x @ inner).square().mean()
+        phase("backward")
+        (grad,) = torch.autograd.grad(loss, [inner])
+        phase("optimizer")
+        squares = torch._foreach_mul([torch.zeros_like(w)], 0.9)
+        squares = torch._foreach_addcmul(squares, [grad], [grad])
+        w.addcdiv_(grad, squares[0] + 1.0)
+        return loss.detach(), squares[0]
+
+    tensors = [torch.randn(WIDTH, WIDTH), torch.randn(8, WIDTH)]
+    program = lower(trace(first_step, tensors[:1], tensors[1:]), SHARDED, [None] * 2)
+    made = [i for i in program.instructions if i.op.startswith("aten.full") and i.args[0]]
+    assert made
+    assert all(math.prod(shape) < WIDTH * WIDTH for i in made for shape in i.shapes)
 
 
 # -- groups of devices

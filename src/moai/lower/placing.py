@@ -352,6 +352,7 @@ class Placer:
         stays = self._stays_partial(call.op, [self._values.type(i) for i in both], results, both)
         stays = tuple(a for a in stays if a != TIME)  # a list is either of one micro-batch or of all
         own = [self._summed(i, stays, origin) for i in own]
+        own = self._begun_in_part(own, [flat_ids(call.node.outs)[k] for k in lane.outputs], origin)
         dims = lane.dims(types, results)
         splits = () if dims is None else choose(dims, types, results, [self._at(i) for i in own])
         if dims is None or not splits:
@@ -365,6 +366,15 @@ class Placer:
             self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
             for i, f in zip(own, dims.inputs, strict=True)
         ]
+
+    def _begun_in_part(self, own: list[int], outs: Sequence[int], origin: Origin) -> list[int]:
+        """Where a lane is made from numbers alone, as an optimizer's first states are: in the parts that its
+        results are wanted in, since no device has room for the whole of all states."""
+        wanted = next((w for i in outs for w in (self._wishes.get(i), self._gradients.get(i)) if w), None)
+        if wanted is None or not all(i in self._constants for i in own):
+            return own
+        shape = self._values.type(outs[0]).shape
+        return [self.placed(i, Placement(wanted), origin) if self._values.type(i).shape == shape else i for i in own]
 
     def _dense(self, id_: int, origin: Origin) -> int:
         """Value `id_` in memory of its own order: kernels of fused optimizers walk through it from end to end."""

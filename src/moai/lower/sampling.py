@@ -23,6 +23,7 @@ from moai.lower.operators import BUILTINS, is_view
 from moai.lower.peak import levels
 from moai.lower.program import Instruction, Program
 from moai.lower.tasks import bounds, shapes_of, tasks
+from moai.lower.unhindered import without_collections
 from moai.lower.values import largest_part
 from moai.plan.plan import Plan
 from moai.plan.work import Held, Observation, Work
@@ -52,6 +53,7 @@ class _Known:
         return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh)
 
 
+@without_collections()
 def observe(
     graph: StepGraph, plan: Plan, given: Sequence[Placement | None] | None = None, fused: bool = False
 ) -> Observation:
