@@ -7,7 +7,9 @@ Plans go by layout, the one with the least bound first. A bound is what a layout
 and no gradient is sent, and the optimizer is shared by all: no variant of it is faster. Where matrices are split over
 many devices, it is taken from a split over few, whose messages are as long, with the rest of the work shared evenly.
 Once the bound is above what the best plan takes, so are all that follow. Of a layout's variants, one that computes more
-again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more.
+again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more, and is
+no faster. What cannot be run yet is predicted where that follows from what was observed for others; it is not worth an
+observation.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
 from moai.plan.space import RECOMPUTE, Allowed, layouts, variants
 from moai.plan.timings import Timings, groups
-from moai.plan.work import Memory, Sample, Work
+from moai.plan.work import AXES, KINDS, Memory, Sample, Task, Work
 
 # Of the time that computing again takes, so much is left at least where micro-batches are larger.
 _LARGER_MATRICES = 0.9
@@ -108,6 +110,7 @@ class _Search:
         self._again: dict[Recompute, float] = {}  # device seconds of a step
         self._found: list[Candidate] = []
         self._fitting: dict[tuple[int, ...], list[Plan]] = {}  # by layout
+        self._seen: dict[tuple[int, ...], list[tuple[Plan, float]]] = {}  # by layout, with seconds
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
         """All candidates, those that can be taken first, the fastest first."""
@@ -137,7 +140,18 @@ class _Search:
         found = self._timed(sample, layout)
         parts = found.parts
         free = parts.dp_exposed + parts.slowdown + parts.optimizer * (1 - 1 / layout.dp)
-        return _Bound(found.step_s - free, found.memory, _kept(sample, layout))
+        scattered = self._scattered_s(sample, layout)
+        return _Bound(found.step_s - free, scattered, found.memory, _kept(sample, layout))
+
+    def _scattered_s(self, sample: Sample, layout: Plan) -> float:
+        """What it costs at the least to sum gradients and leave each device its part. Behind a loop, nothing hides it;
+        elsewhere, the backward is slowed down by it."""
+        nbytes = _gradients(sample.less) + (_gradients(sample.more) - _gradients(sample.less)) * sample.deeper
+        if layout.dp == 1 or layout.pp > 1 or nbytes <= 0:
+            return 0.0
+        message = Work.of([Task("reduce_scatter", "backward", message=nbytes)])
+        seconds = float(self._timings.durations(message, groups(layout, self._cluster))[0])
+        return seconds * min(1.0, self._timings.overlap_slowdown)
 
     def _least_work(self, layout: Plan) -> Sample:
         """No device does less than this."""
@@ -161,8 +175,9 @@ class _Search:
         family = self._families.setdefault(_structure(plan), Family(self._step.observe, self._step.batch))
         return family.sample(plan)
 
-    def _predicted(self, plan: Plan) -> Prediction:
-        return self._timed(self._sample(plan), plan)
+    def _known(self, plan: Plan) -> Sample | None:
+        family = self._families.get(_structure(replace(plan, pp=1)))
+        return None if family is None else family.known(replace(plan, pp=1))
 
     def _timed(self, sample: Sample, plan: Plan) -> Prediction:
         return predict(sample, plan, self._timings, groups(plan, self._cluster))
@@ -171,11 +186,13 @@ class _Search:
         found = self._judged(plan, bound)
         self._found.append(found)
         if found.dropped is None:
-            self._fitting.setdefault((plan.dp, plan.tp, plan.pp, plan.micro), []).append(plan)
+            self._fitting.setdefault(_layout(plan), []).append(plan)
+        if found.prediction is not None:
+            self._seen.setdefault(_layout(plan), []).append((plan, found.prediction.step_s))
 
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
         runnable = plan.pp == 1
-        least_s = bound.least_s + self._again_s(plan)
+        least_s = self._least_s(plan, bound)
         if least_s >= self._best:
             return Candidate(plan, None, f"slower: {least_s:.3g} s or more", runnable)
         if bound.least_bytes(plan) > self._budget:
@@ -183,8 +200,11 @@ class _Search:
         lighter = self._without_need(plan)
         if lighter is not None:
             return Candidate(plan, None, f'slower than "{lighter}", which fits', runnable)
+        sample = self._known(plan)
+        if sample is None and not runnable:
+            return Candidate(plan, None, f"cannot be run yet: {least_s:.3g} s or more", runnable)
         try:
-            prediction = self._predicted(plan)
+            prediction = self._timed(self._sample(plan) if sample is None else sample, plan)
         except (PlanError, RuntimeError, ValueError) as error:
             return Candidate(plan, None, error.reason if isinstance(error, PlanError) else str(error), runnable)
         self._note(plan, prediction)
@@ -193,6 +213,12 @@ class _Search:
         if runnable:
             self._best = min(self._best, prediction.step_s)
         return Candidate(plan, prediction, None, runnable)
+
+    def _least_s(self, plan: Plan, bound: _Bound) -> float:
+        """What the plan takes at the least: as much as what does less than it."""
+        lighter = [seconds for other, seconds in self._seen.get(_layout(plan), []) if _does_less(other, plan)]
+        scattered = bound.scattered_s if plan.distribute_param else 0.0
+        return max(bound.least_s + self._again_s(plan) + scattered, *lighter, 0.0)
 
     def _again_s(self, plan: Plan) -> float:
         """What computing again takes at least: as much as was seen where no matrix was split, shared by all."""
@@ -205,26 +231,29 @@ class _Search:
 
     def _without_need(self, plan: Plan) -> Plan | None:
         """A plan that fits, and does all that `plan` does but for computing again and gathering again."""
-        fitting = self._fitting.get((plan.dp, plan.tp, plan.pp, plan.micro), [])
+        fitting = self._fitting.get(_layout(plan), [])
         return next((other for other in fitting if _does_less(other, plan)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """No variant of a layout is faster than `least_s`. `memory`: what a device holds where nothing is spread or
-    computed again; `kept`: bytes of activations that are held even where all is computed again."""
+    """No variant of a layout is faster than `least_s`, and none that spreads states than `scattered_s` more. `memory`:
+    what a device holds where nothing is spread or computed again; `kept`: bytes of activations that are held even where
+    all is computed again."""
 
     least_s: float
+    scattered_s: float
     memory: Memory
     kept: float
 
     def least_bytes(self, plan: Plan) -> float:
         """What a device holds at least. Spreading leaves activations as they are; and gradients are as large as
-        parameters when the last of them is made."""
+        parameters when the last of them is made: whole ones, where micro-batches add to them."""
         spread = plan.dp if plan.distribute_param else 1
         stored = (self.memory.parameters + self.memory.states) / spread
         activations = self.memory.activations if plan.recompute == "none" else self.kept
-        return stored + max(activations, self.memory.parameters / spread)
+        gradients = self.memory.parameters / (1 if plan.micro > 1 and plan.pp == 1 else spread)
+        return stored + max(activations, gradients)
 
 
 def _shared(sample: Sample, among: int) -> Sample:
@@ -242,6 +271,16 @@ def _kept(sample: Sample, layout: Plan) -> float:
     inside = sample.more.memory.activations - sample.less.memory.activations
     beside = max(0.0, sample.less.memory.activations - sample.layers * inside) if layout.pp == 1 else 0.0
     return beside + sample.handed / layout.tp * (sample.layers + sample.deeper) / layout.pp
+
+
+def _gradients(work: Work) -> float:
+    """Bytes that devices of the batch sum, once a step."""
+    summed = (work.kind == KINDS.index("all_reduce")) & (work.axis == AXES.index("dp")) & ~work.looped
+    return float(work.message[summed].sum())
+
+
+def _layout(plan: Plan) -> tuple[int, ...]:
+    return plan.dp, plan.tp, plan.pp, plan.micro
 
 
 def _does_less(other: Plan, plan: Plan) -> bool:
