@@ -76,5 +76,10 @@ def variants(layout: Plan) -> Iterator[Plan]:
         yield replace(layout, recompute=level, distribute_param=spread, distribute_low_prec_param=low)
 
 
+def plans(n_devices: int, batch: int) -> Iterator[Plan]:
+    """All of them."""
+    return (plan for layout in layouts(n_devices, batch) for plan in variants(layout))
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
