@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from moai.plan.cluster import Cluster
@@ -91,7 +92,7 @@ def search(
     candidates = asked.run(progress)
     taken = [c for c in candidates if c.dropped is None and c.runnable]
     if not taken:
-        raise NoPlan(_reason(candidates, allowed, budget_bytes), candidates)
+        raise NoPlan(_reason(candidates, asked.lightest(), budget_bytes), candidates)
     seconds = time.monotonic() - begin
     return Choice(taken[0], tuple(candidates), cluster, budget_bytes, step.batch, step.tokens, seconds)
 
@@ -120,6 +121,19 @@ class _Search:
                     if plan.recompute == level:
                         self._consider(plan, bound)
         return sorted(self._found, key=_order)
+
+    def lightest(self) -> tuple[Plan, float] | None:
+        """The plan that needs the least memory of a device, and how many bytes that is: of those with the most
+        micro-batches, the one that keeps the least."""
+        most: dict[tuple[int, int], Plan] = {}
+        for layout in sorted(self._layouts, key=lambda each: each.micro):
+            if layout.pp == 1 and (allowed := list(self._variants(layout))):
+                most[layout.dp, layout.tp] = allowed[-1]
+        found = []
+        for plan in most.values():
+            with suppress(PlanError, RuntimeError, ValueError):
+                found.append((plan, self._predicted(plan).memory.total))
+        return min(found, key=lambda each: each[1], default=None)
 
     def _variants(self, layout: Plan) -> Iterator[Plan]:
         return (plan for plan in variants(layout) if self._allowed.allows(plan))
@@ -267,19 +281,16 @@ def _order(candidate: Candidate) -> tuple[object, ...]:
     return candidate.dropped is not None, seconds, len(str(candidate.plan)), str(candidate.plan)
 
 
-def _reason(candidates: Sequence[Candidate], allowed: Allowed, budget_bytes: int) -> str:
+def _reason(candidates: Sequence[Candidate], lightest: tuple[Plan, float] | None, budget_bytes: int) -> str:
     runnable = [c for c in candidates if c.runnable]
     if not runnable:
-        return "Nothing that is allowed can be run on these devices" if candidates else "Nothing is allowed"
-    known = [c for c in runnable if c.prediction is not None]
-    if not known:
+        return "Nothing that is allowed can be run on these devices"
+    if lightest is None:
         return runnable[0].dropped or ""
-    least = min(known, key=lambda c: c.prediction.memory.total if c.prediction else 0.0)
-    assert least.prediction is not None
-    return (
-        f'No plan fits: "{least.plan}" needs the least memory, {_size(least.prediction.memory.total)} a device; '
-        f"{_size(budget_bytes)} of it may be used"
-    )
+    plan, nbytes = lightest
+    if nbytes <= budget_bytes:  # the others were dropped for other reasons
+        return next((c.dropped for c in runnable if c.dropped), "")
+    return f'No plan fits: "{plan}" needs the least memory, {_size(nbytes)} a device; {_size(budget_bytes)} of it may be used'
 
 
 def _size(nbytes: float) -> str:
