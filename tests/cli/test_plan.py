@@ -324,7 +324,7 @@ def test_what_is_set_is_kept(model, says):
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_needs(model, home, capsys):
     text = cluster_file.SHIPPED.joinpath("mi250.toml").read_text()
-    small = text.replace("memory_gib = 63.98", "memory_gib = 0.01").replace(
+    small = text.replace("memory_gib = 63.98", "memory_gib = 0.02").replace(
         "devices_per_node = 8", "devices_per_node = 1"
     )
     (home / "small.toml").write_text(small)
