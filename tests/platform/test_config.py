@@ -95,7 +95,7 @@ def test_a_flavor_larger_than_the_machine_is_offered_and_refused_to_programs(env
     [
         ("display_name = ", 1, "not valid TOML"),
         ('display_name = "A"\n\n[[flavor]\n', 3, "not valid TOML"),
-        ('displayname = "A"', 1, "displayname is not known here; there are display_name, versions, flavor"),
+        ('displayname = "A"', 1, "displayname is not known here; there are display_name, cluster, versions, flavor"),
         ("\ndisplay_name = 5", 2, "display_name must be a text"),
         ('[versions]\nserver = "1"\nlatest = 2', 3, "latest must be a text"),
         (FLAVOR + "\n[[flavor]]\ndevices = 2\nmemory_mib = 1", 6, "a flavor needs a name"),

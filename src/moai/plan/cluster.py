@@ -38,8 +38,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class DeviceModel:
-    """One schedulable device. `peak`: FLOP/s of dense matrix products by precision ("fp64", "fp32", "bf16", "fp16",
-    "fp8"); `memory_bandwidth`: bytes/s."""
+    """One schedulable device. `peak`: FLOP/s of dense matrix products by precision (`plan.work` lists
+    them), of which one that is missing is computed as the next wider one; `memory_bandwidth`: bytes/s."""
 
     name: str
     kind: Literal["cpu", "cuda"]

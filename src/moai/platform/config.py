@@ -35,13 +35,15 @@ class FlavorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the file says; None and () stand for what it does not say."""
+    """What the file says; None and () stand for what it does not say. `cluster`: what the flavors' devices are, as
+    `plan.cluster_file.load` takes it."""
 
     file: Path | None = None
     display_name: str | None = None
     server_version: str | None = None
     latest_version: str | None = None
     flavors: tuple[FlavorEntry, ...] = ()
+    cluster: str | None = None
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Config:
@@ -79,7 +81,7 @@ class _Checker:
         self._lines = text.splitlines()
 
     def config(self, table: dict[str, Any]) -> Config:
-        self._only(table, ("display_name", "versions", "flavor"), line=1)
+        self._only(table, ("display_name", "cluster", "versions", "flavor"), line=1)
         versions = table.get("versions", {})
         if not isinstance(versions, dict):
             raise self._error(self._line_of("versions"), "[versions] must be a table")
@@ -93,6 +95,7 @@ class _Checker:
             self._text(versions, "server", self._line_of("[versions]")),
             self._text(versions, "latest", self._line_of("[versions]")),
             self._flavors(entries),
+            self._text(table, "cluster", 1),
         )
 
     def _flavors(self, entries: list[dict[str, Any]]) -> tuple[FlavorEntry, ...]:

@@ -28,19 +28,21 @@ CPU_WORKER_LEAST = 256 * MB  # a process that has imported torch needs about thi
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` this process may use, `memory_bytes` of RAM; the memory in bytes of every visible CUDA device, and its
-    UUID, which is the same for programs with different CUDA_VISIBLE_DEVICES."""
+    """`cores` this process may use, `memory_bytes` of RAM; the memory in bytes of every visible CUDA device, its UUID,
+    which is the same for programs with different CUDA_VISIBLE_DEVICES, and the name of its model."""
 
     cores: int
     memory_bytes: int
     cuda_memory_bytes: tuple[int, ...] = ()
     cuda_uuids: tuple[str, ...] = ()
+    cuda_models: tuple[str, ...] = ()
 
 
 def probe(environ: Mapping[str, str] = os.environ) -> Machine:
     """This machine, as the process may use it (CPU affinity, container limits, CUDA_VISIBLE_DEVICES)."""
     cuda = _nvml_devices(environ.get("CUDA_VISIBLE_DEVICES")) if _torch_has_cuda() else ()
-    return Machine(_cores(), _memory(), tuple(size for _, size in cuda), tuple(uuid for uuid, _ in cuda))
+    uuids, sizes, models = zip(*cuda, strict=True) if cuda else ((), (), ())
+    return Machine(_cores(), _memory(), sizes, uuids, models)
 
 
 def discover(machine: Machine | None = None) -> tuple[Device, ...]:
@@ -148,15 +150,16 @@ def _torch_has_cuda() -> bool:
     return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
-_UUID_CHARACTERS = 96  # the most that NVML writes, its zero byte included
+_CHARACTERS = 96  # the most that NVML writes for a UUID or a name, its zero byte included
 
 
 class _NvmlMemory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
-def _nvml_devices(visible: str | None) -> tuple[tuple[str, int], ...]:
-    """(UUID, memory in bytes) of the CUDA devices that `visible` (CUDA_VISIBLE_DEVICES, None if unset) lets us see."""
+def _nvml_devices(visible: str | None) -> tuple[tuple[str, int, str], ...]:
+    """(UUID, memory in bytes, model) of the CUDA devices that `visible` (CUDA_VISIBLE_DEVICES, None if unset) lets us
+    see."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -178,10 +181,10 @@ def _nvml_devices(visible: str | None) -> tuple[tuple[str, int], ...]:
             memory = _NvmlMemory()
             if status != 0 or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
                 break
-            uuid = ctypes.create_string_buffer(_UUID_CHARACTERS)
-            if nvml.nvmlDeviceGetUUID(handle, uuid, len(uuid)) != 0:
+            uuid, model = (ctypes.create_string_buffer(_CHARACTERS) for _ in range(2))
+            if nvml.nvmlDeviceGetUUID(handle, uuid, len(uuid)) or nvml.nvmlDeviceGetName(handle, model, len(model)):
                 break
-            found.append((uuid.value.decode(), memory.total))
+            found.append((uuid.value.decode(), memory.total, model.value.decode()))
         return tuple(found)
     finally:
         nvml.nvmlShutdown()
