@@ -5,7 +5,7 @@ Out: a Sample, as `lower.work` reads it off a program, for the same cost model.
 
 Matrices are shared as in Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
 Parallelism" (2019); with `sequence_parallel`, and for the bytes that a layer keeps, as in Korthikanti et al., "Reducing
-Activation Recomputation in Large Transformer Models" (2022). States are sharded as in Rajbhandari et al., "ZeRO" (2020).
+Activation Recomputation in Large Transformer Models" (2022); states as in Rajbhandari et al., "ZeRO" (2020).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from moai.graph.step_graph import Phase
 from moai.plan.work import Memory, Sample, Task, Work
 
+NARROW = ("fp8", "fp4")
 Recomputation = Literal["none", "attention", "operators", "full"]
 Sharding = Literal["none", "states", "gradients", "full"]
 
@@ -24,7 +25,8 @@ Sharding = Literal["none", "states", "gradients", "full"]
 @dataclass(frozen=True, slots=True)
 class Model:
     """Dims of a decoder. `gated`: the feed-forward part has three matrices and not two; `tied`: the embedding is the
-    head; `adapters`: rank of trained adapters beside frozen matrices, 0 where all is trained."""
+    head; `adapters`: which matrices are frozen and have trained adapters beside them, "" where all are trained; `head`:
+    entries of a head, 0 where the heads share the hidden ones."""
 
     layers: int
     hidden: int
@@ -35,17 +37,23 @@ class Model:
     seq: int
     gated: bool = True
     tied: bool = False
-    adapters: int = 0
+    adapters: Literal["", "queries", "all"] = ""
+    head: int = 0
+
+    @property
+    def queries(self) -> float:
+        """Entries of a token's queries."""
+        return self.head * self.heads or self.hidden
 
     @property
     def kv(self) -> float:
         """Entries of a token's keys, and of its values."""
-        return self.hidden * self.kv_heads / self.heads
+        return self.queries * self.kv_heads / self.heads
 
     @property
     def layer_parameters(self) -> float:
         feeding = (3 if self.gated else 2) * self.ffn
-        return self.hidden * (2 * self.hidden + 2 * self.kv + feeding + 2)
+        return self.hidden * (2 * self.queries + 2 * self.kv + feeding + 2)
 
     @property
     def table_parameters(self) -> float:
@@ -71,6 +79,11 @@ class Layout:
     recompute: Recomputation = "none"
     sharding: Sharding = "none"
 
+    @property
+    def half(self) -> str:
+        """The precision of what is too delicate for the narrow ones."""
+        return "bf16" if self.precision in NARROW else self.precision
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -84,7 +97,9 @@ class Stack:
     weights the layers are gathered once a step, and gradients summed once. weight_bytes: of a parameter as it is kept;
     gradient_bytes: of one as it is summed; accumulates: gradients are added to others of gradient_bytes in each
     micro-batch. state_bytes: of a parameter's optimizer states and its precise copy. logit_bytes: held for an entry of
-    the logits; casts: bytes moved for an entry of a narrow product's operands. reserve: of memory, over what is used.
+    the logits. casts: bytes moved for an entry of a product's operands, to make them narrow; keeps_narrow: they are
+    kept so for the backward. gathers_again: what tp gathers for a product is not kept. attention_excess: FLOPs of
+    fused attention over those that are needed. reserve: of memory, over what is used.
     """
 
     flash: bool = True
@@ -99,7 +114,10 @@ class Stack:
     accumulates: bool = True
     state_bytes: float = 12
     logit_bytes: float = 6
-    casts: float = 4
+    casts: float = 0
+    keeps_narrow: bool = False
+    gathers_again: bool = True
+    attention_excess: float = 1
     reserve: float = 0.0
 
 
@@ -140,20 +158,22 @@ class _Builder:
         # Of the tokens, those that a device handles between the matrices.
         self.own = self.tokens / (layout.tp if stack.sequence_parallel else 1)
         self.shards = layout.dp * layout.cp
+        # Bytes of an entry of a product's inputs, as it is kept.
+        self._entry = 1 if layout.precision in NARROW and stack.keeps_narrow else 2
         self.pieces = list(self._pieces())
 
     # A layer
 
     def _pieces(self) -> Iterator[_Piece]:
         model, stack, tp = self.model, self.stack, self.layout.tp
-        h, kv, f = model.hidden, model.kv, model.ffn
+        h, q, kv, f = model.hidden, model.queries, model.kv, model.ffn
         norm, turn = (2, 2) if stack.fused else (6, 8)
         yield self._between(norm * self.own * h, kept=2 * self.own * h)
-        yield self._column((h + 2 * kv) / tp, h)
+        yield self._column((q + 2 * kv) / tp, h)
         if model.gated:
-            yield self._between(turn * self.tokens * (h + kv) / tp)
+            yield self._between(turn * self.tokens * (q + kv) / tp)
         yield self._attention()
-        yield self._row(h, h / tp)
+        yield self._row(h, q / tp)._replace(kept=0.0)  # what attention keeps already
         yield self._between(3 * self.own * h, kept=2 * self.own * h)
         yield self._between(norm * self.own * h)
         yield self._column((1 + model.gated) * f / tp, h)
@@ -173,27 +193,29 @@ class _Builder:
         messages, stack = self._shared_tokens(k), self.stack
         early = 2 if stack.tp_overlap == "all" else 1
         late = 1 if stack.tp_overlap == "none" else 2
-        product = self._product(self.tokens, n, k)
-        backward = (self._product(self.tokens, k, n), self._sums(n, k))
+        product = self._product(self.tokens, n, k) + self._adapter(n, k)
+        backward = (self._product(self.tokens, k, n) + 2 * self._adapter(n, k), self._sums(n, k))
+        kept = self._entry * (self.own if stack.gathers_again else self.tokens) * k
         if not messages:
-            return _Piece("product", product, (*backward[0], *backward[1]), 2 * self.tokens * k)
+            return _Piece("product", product, (*backward[0], *backward[1]), kept)
         gather, scatter = messages
         if not stack.sequence_parallel:
             summed = scatter._replace(kind="all_reduce", until=late)
-            return _Piece("product", product, (*backward[0], summed, *backward[1]), 2 * self.tokens * k)
+            return _Piece("product", product, (*backward[0], summed, *backward[1]), kept)
+        again = (gather._replace(until=late),) if stack.gathers_again else ()
         return _Piece(
             "product",
             (gather._replace(until=early), *product),
-            (gather._replace(until=late), *backward[0], scatter._replace(until=late), *backward[1]),
-            2 * self.own * k,
+            (*again, *backward[0], scatter._replace(until=late), *backward[1]),
+            kept,
         )
 
     def _row(self, n: float, k: float) -> _Piece:
         """A matrix whose rows are shared: its outputs are summed at last, and their gradients gathered first."""
         messages, stack = self._shared_tokens(n), self.stack
-        product = self._product(self.tokens, n, k)
-        backward = (*self._product(self.tokens, k, n), *self._sums(n, k))
-        kept = 2 * self.tokens * k
+        product = self._product(self.tokens, n, k) + self._adapter(n, k)
+        backward = (*self._product(self.tokens, k, n), *2 * self._adapter(n, k), *self._sums(n, k))
+        kept = self._entry * self.tokens * k
         if not messages:
             return _Piece("product", product, backward, kept)
         gather, scatter = messages
@@ -203,6 +225,13 @@ class _Builder:
             hidden = (*product[:-1], scatter._replace(until=2), product[-1])
             return _Piece("product", hidden, (gather._replace(until=2), *backward), kept)
         return _Piece("product", (*product, scatter), (gather, *backward), kept)
+
+    def _adapter(self, n: float, k: float) -> tuple[Task, ...]:
+        """Reads a product's inputs, and adds to its outputs."""
+        queries = (self.model.queries + 2 * self.model.kv) / self.layout.tp
+        if not self.model.adapters or (self.model.adapters == "queries" and n != queries):
+            return ()
+        return (Task("stream", "forward", bytes=2 * self.tokens * (k + 3 * n), launches=4),)
 
     def _shared_tokens(self, width: float) -> tuple[Task, Task] | None:
         if self.layout.tp == 1:
@@ -217,7 +246,7 @@ class _Builder:
         precision = precision or self.layout.precision
         moved = 2 * (m * k + k * n + m * n)
         product = Task("matmul", "forward", precision, 2 * m * n * k, moved, m, n, k)
-        if precision not in ("fp8", "fp4"):
+        if not self.stack.casts or precision == self.layout.half != self.layout.precision:
             return (product,)
         return (Task("stream", "forward", bytes=self.stack.casts * m * k), product)
 
@@ -232,17 +261,18 @@ class _Builder:
 
     def _attention(self) -> _Piece:
         model, layout = self.model, self.layout
-        width = model.hidden / layout.tp
+        width = model.queries / layout.tp
         kept = 2 * self.tokens * (2 * width + 2 * model.kv / layout.tp)
         gathers, scatters = self._shared_sequence()
         if self.stack.flash:
             # Half of the scores are masked; the backward has five products for the forward's two (Dao, 2022).
-            task = Task("attention", "forward", "bf16", 2 * self.tokens * model.seq * width, 2 * kept)
+            flops = 2 * self.tokens * model.seq * width * self.stack.attention_excess
+            task = Task("attention", "forward", layout.half, flops, 2 * kept)
             backward = (*gathers, task._replace(flops=2.5 * task.flops, launches=2), *scatters)
             return _Piece("attention", (*gathers, task), backward, kept)
         scores = self.tokens * model.seq * model.heads / layout.tp
-        length, head = float(model.seq), model.hidden / model.heads
-        inner = Task("matmul", "forward", "bf16", 2 * scores * head, 2 * scores, length, length, head)
+        length, head = float(model.seq), model.queries / model.heads
+        inner = Task("matmul", "forward", layout.half, 2 * scores * head, 2 * scores, length, length, head)
         outer = inner._replace(n=head, k=length)
         softmax = Task("stream", "forward", bytes=10 * scores, launches=self.stack.calls_between)
         backward = (*gathers, outer, inner, softmax, outer, outer, *scatters)
@@ -338,9 +368,9 @@ class _Builder:
     def _head(self) -> _Block:
         model, entries = self.model, self.tokens * self.model.vocab / self.layout.tp
         n, k = model.vocab / self.layout.tp, model.hidden
-        product = self._product(self.tokens, n, k, "bf16")
+        product = self._product(self.tokens, n, k, self.layout.half)
         loss = Task("stream", "forward", bytes=self.stack.logit_bytes * entries, launches=self.stack.calls_between)
-        backward = (loss, *self._product(self.tokens, k, n, "bf16"), *self._sums(n, k, "bf16"))
+        backward = (loss, *self._product(self.tokens, k, n, self.layout.half), *self._sums(n, k, self.layout.half))
         own = model.table_parameters / self.layout.tp if not model.tied or self.layout.pp > 1 else 0.0
         return _Block((*product, loss), tuple(task._replace(phase="backward") for task in backward), own)
 
@@ -378,8 +408,11 @@ class _Builder:
 
     def _kept(self) -> float:
         """Bytes that a layer keeps for its backward."""
+        model, tp = self.model, self.layout.tp
         if self.layout.recompute == "full":
-            return 2 * self.own * self.model.hidden
+            return 2 * self.own * model.hidden
+        if self.layout.recompute == "operators":  # inputs, queries, values, half of what is fed forward, and outputs
+            return 2 * (2 * self.own * model.hidden + self.tokens * (2 * model.queries + model.kv + model.ffn) / tp)
         products = [piece for piece in self.pieces if piece.part == "product"]
         return sum(p.kept for p in self.pieces if not self._again(p, products.index(p) if p in products else 0))
 
