@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks.published.constants import Constants, with_sources
 from benchmarks.published.predicting import Predictor
 from moai.plan.cluster import Constant
 from moai.plan.timings import GENERIC
@@ -36,20 +37,38 @@ SPREADS = {
 # Of a case: what models of this kind leave unexplained, and where an error begins to count less than quadratically.
 _NOISE, _HUBER = 0.06, 1.5
 _ROUNDS, _STEP = 8, 0.05
-# Rows of one source and hardware count as this many at the most: rows of one table are no independent proofs.
-_MOST_ROWS = 15.0
+# Rows of one source and hardware count as this many at the most, for rows of one table are no independent proofs; and
+# no more of them than the second number are looked at.
+_COUNTED, _LOOKED_AT = 15.0, 90
+# A constant that moved less from its prior than this is not said to be fitted.
+_MOVED = 0.03
 
 
-def calibrate(predictors: Iterable[Predictor]) -> dict[str, dict[str, Constant]]:
-    """Constants by hardware."""
-    by_hardware: dict[str, list[Predictor]] = defaultdict(list)
+def calibrate(predictors: Sequence[Predictor]) -> dict[str, Constants]:
+    """Constants by hardware: those that the cases moved, each with its sources."""
+    return {name: calibrate_one(found) for name, found in sorted(by_hardware(predictors).items())}
+
+
+def by_hardware(predictors: Iterable[Predictor]) -> dict[str, list[Predictor]]:
+    groups: dict[str, list[Predictor]] = defaultdict(list)
     for predictor in predictors:
-        by_hardware[predictor.case.hardware].append(predictor)
-    return {name: _fit(found) for name, found in sorted(by_hardware.items())}
+        groups[predictor.case.hardware].append(predictor)
+    return groups
+
+
+def calibrate_one(predictors: Sequence[Predictor]) -> Constants:
+    """The same for the cases of one hardware."""
+    groups: dict[str, list[Predictor]] = defaultdict(list)
+    for predictor in predictors:
+        groups[predictor.case.source].append(predictor)
+    seen = [p for group in groups.values() for p in group[:: math.ceil(len(group) / _LOOKED_AT)]]
+    found = _fit(seen)
+    moved = {name: c for name, c in found.items() if abs(math.log(c.value / GENERIC[name].value)) > _MOVED}
+    return with_sources(moved, set(groups))
 
 
 def _fit(predictors: Sequence[Predictor]) -> dict[str, Constant]:
-    names = [name for name in SPREADS if name in GENERIC]
+    names = list(SPREADS)
     priors = np.log([GENERIC[name].value for name in names])
     lows = np.log([max(GENERIC[name].low, 1e-9) for name in names])
     highs = np.log([GENERIC[name].high for name in names])
@@ -78,7 +97,7 @@ def _weights(predictors: Sequence[Predictor]) -> np.ndarray:
     counts: dict[str, int] = defaultdict(int)
     for predictor in predictors:
         counts[predictor.case.source] += 1
-    return np.array([min(1.0, _MOST_ROWS / counts[p.case.source]) for p in predictors])
+    return np.array([min(1.0, _COUNTED / counts[p.case.source]) for p in predictors])
 
 
 def _errors(predictors: Sequence[Predictor], names: Sequence[str], at: np.ndarray) -> np.ndarray:
@@ -92,6 +111,6 @@ def _constant(name: str, log: float) -> Constant:
     return replace(usual, value=value, provenance="fitted")
 
 
-def at_bounds(constants: Mapping[str, Mapping[str, Constant]]) -> list[str]:
+def at_bounds(constants: Mapping[str, Constants]) -> list[str]:
     """The constants that lie at a physical bound, as "hardware: name"."""
     return [f"{hw}: {name}" for hw, known in constants.items() for name, c in known.items() if c.at_bound]

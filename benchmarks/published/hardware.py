@@ -1,7 +1,7 @@
 """What hardware a published run names.
 
-In: the column `hw`, such as "A100-80GB-SXM (Selene, 8xHDR200/node)". Out: the name under which its constants are
-calibrated, and its Cluster: a shipped description, with what the text says otherwise (links, power, memory).
+In: the column `hw`, such as "A100-80GB-SXM (Selene, 8xHDR200/node)". Out: the name of the description that fits it,
+whose constants it has, and its Cluster: a shipped description, with what the text says otherwise (links, power, memory).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _NAMES = (
     (r"GB200", "gb200"),
     (r"B200", "b200"),
     (r"H200", "h200"),
+    (r"H100-96GB", "h100-96"),
     (r"H100", "h100"),
     (r"A100.*?40", "a100-40"),
     (r"A100", "a100-80"),
@@ -45,14 +46,11 @@ def hardware_of(text: str, devices: int) -> tuple[str, Cluster]:
     cluster = _described(name)
     if re.search("DGX-2", text):
         cluster = replace(cluster, devices_per_node=16)
-    # Only the part with 96 GB of HBM2e has that much memory, and it has less power and bandwidth.
-    text = re.sub("H100-96GB(-HBM2e)?(?!.*W)", "H100 2.4TB/s-500W", text)
     watts = re.search(r"(\d+)\s*W\b", text)
     if watts and name in _WATTS and float(watts[1]) != _WATTS[name]:
         share = (float(watts[1]) / _WATTS[name]) ** _POWER
         peak = {p: rate * share for p, rate in cluster.device.peak.items()}
         cluster = replace(cluster, device=replace(cluster.device, peak=peak))
-        name = f"{name} {watts[1]} W"
     bandwidth = re.search(r"([\d.]+)\s*TB/s", text)
     if bandwidth:
         cluster = replace(cluster, device=replace(cluster.device, memory_bandwidth=float(bandwidth[1]) * 1e12))

@@ -27,6 +27,10 @@ class Outcome:
     high_s: float
 
 
+# Of memory that the allocator reserved: what it holds beyond what is used, in pieces that nothing fits into.
+_RESERVED = 1.05
+
+
 class Predictor:
     """Keeps the work of each variant of a case: only times change with constants."""
 
@@ -41,11 +45,8 @@ class Predictor:
         found = [self._predict(i, timings) for i in self.chosen]
         best = min(found, key=lambda p: p.step_s)
         times = [p.step_s for p in found]
-        return Outcome(best.step_s, best.memory.total, min(times), max(times))
-
-    def predictions(self, constants: Mapping[str, Constant]) -> list[Prediction]:
-        timings = Described(replace(self.case.cluster, constants=constants))
-        return [self._predict(i, timings) for i in range(len(self._samples))]
+        reserved = _RESERVED if self.case.memory_metric == "reserved" else 1.0
+        return Outcome(best.step_s, best.memory.total * reserved, min(times), max(times))
 
     @property
     def chosen(self) -> list[int]:

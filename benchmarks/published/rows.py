@@ -47,7 +47,8 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Case:
     """A row that can be predicted. `variants`: one where the row states all, else one for each value of what it does
-    not state (`unstated`). `problem`: equal for rows that solve the same problem with the same devices."""
+    not state (`unstated`). `memory_metric`: whether the
+    memory was what the allocator had "reserved", or what was "allocated" of it; "" is not known. `problem`: equal for rows that solve the same problem with the same devices."""
 
     id: str
     source: str
@@ -59,6 +60,7 @@ class Case:
     unstated: tuple[str, ...]
     step_s: float
     memory_bytes: float | None
+    memory_metric: str
     problem: tuple[object, ...]
 
 
@@ -131,6 +133,7 @@ def _case(name: str, row: _Row) -> Case:
         unstated,
         _step_s(row, model, gbs),
         _memory(row),
+        facts["memory"],
         (row.source, hardware, model, cluster.n_devices, gbs, row["precision"].lower(), row["kind"]),
     )
 
@@ -180,7 +183,9 @@ def _stack(row: _Row) -> tuple[Stack, dict[str, Any]]:
         known.update(tp_overlap="none", dp_overlap=False)
     if row["shard"].upper().startswith("FSDP") and row.number("pp") not in (None, 1):
         known["gathered_once"] = True
-    facts = {name: known.pop(name) for name in ("local_batch", "adapters", "selective")}
+    facts = {name: known.pop(name) for name in ("local_batch", "adapters", "selective", "memory")}
+    if not facts["memory"]:
+        facts["memory"] = next((m for m in ("allocated", "reserved") if m in note), "")
     facts["local_batch"] |= "local batch" in note
     return Stack(**known), facts
 

@@ -99,7 +99,7 @@ class Stack:
     micro-batch. state_bytes: of a parameter's optimizer states and its precise copy. logit_bytes: held for an entry of
     the logits. casts: bytes moved for an entry of a product's operands, to make them narrow; keeps_narrow: they are
     kept so for the backward. gathers_again: what tp gathers for a product is not kept. attention_excess: FLOPs of
-    fused attention over those that are needed. reserve: of memory, over what is used.
+    fused attention over those that are needed.
     """
 
     flash: bool = True
@@ -118,7 +118,6 @@ class Stack:
     keeps_narrow: bool = False
     gathers_again: bool = True
     attention_excess: float = 1
-    reserve: float = 0.0
 
 
 def sample(model: Model, layout: Layout, stack: Stack) -> Sample:
@@ -382,8 +381,7 @@ class _Builder:
         logits = Memory(activations=self.stack.logit_bytes * entries)
         layers = self._held(self.model.layer_parameters / self.layout.tp)
         kept = Memory(activations=self._kept())
-        used = beside + logits + (layers + kept) * n_layers + Memory(buffers=self._working())
-        return used * (1 + self.stack.reserve)
+        return beside + logits + (layers + kept) * n_layers + Memory(buffers=self._working())
 
     @property
     def table_memory(self) -> Memory:
