@@ -122,14 +122,14 @@ def same(a: Program, b: Program) -> None:
 
 def lowered_in_part(graph: StepGraph, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Program:
     """The program, for which a few layers were lowered and nothing else."""
-    whole, sizes = lowering._lowered, []
+    whole, sizes = lowering.lowered, []
 
     def spy(few: StepGraph, *rest: Any) -> Any:
         sizes.append(len(few.nodes))
         return whole(few, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "_lowered", spy)
+        patch.setattr(lowering, "lowered", spy)
         program = lower(graph, plan, [None] * len(graph.inputs))
     assert max(sizes) < 0.75 * len(graph.nodes)
     return program

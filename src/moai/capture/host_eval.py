@@ -33,7 +33,8 @@ from moai.capture.values import Base, Record, Value
 
 logger = logging.getLogger("moai")
 
-MAX_ELEMENTS = 1 << 20
+# Positions of a step of 8,192 samples of 2,048 tokens, which take the host a tenth of a second, and the devices longer.
+MAX_ELEMENTS = 1 << 24
 # The devices' business, whatever the size: long work for few elements, and random numbers, which a GPU draws otherwise.
 _FOR_DEVICES = frozenset(
     f"{name}.default"

@@ -12,10 +12,10 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moai.graph.placement import TIME, Mesh, Placement
-from moai.graph.step_graph import Origin, Ref, StepGraph, TensorType, flat_ids, refs
+from moai.graph.step_graph import Node, Origin, Ref, StepGraph, TensorType, flat_ids, refs
 from moai.lower.batches import with_batch_dims
 from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
@@ -63,14 +63,15 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     Raises PlanError where the graph cannot be run so, and RuntimeError for operators that cannot give one device's
     result on several devices.
     """
-    plan = _fitted(graph, plan, given)
+    plan = fitted(graph, plan, given)
     tried = (_of_few_layers(graph, few, plan) for few in shallow(graph, given, plan))
     deep = next((deep for deep in tried if deep is not None), None)
     if deep is not None:
         program = deep.program
     else:
-        program, types = _lowered(graph, plan, given)
-        program = replace(program, peak_bytes=peak_bytes(program, types))
+        whole = lowered(graph, plan, given)
+        types = whole.types
+        program = replace(whole.program, peak_bytes=peak_bytes(whole.program, types))
     if os.environ.get(VALIDATE) == "1":
         check(program)
         validate(program, types if deep is None else deep.types())
@@ -79,7 +80,8 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
 
 def _of_few_layers(graph: StepGraph, few: Shallow, plan: Plan) -> Deep | None:
     """What `graph` is lowered to, from the same step with few layers, if it is clear what that would be."""
-    deep = deepened(*_lowered(few.graph, plan, few.given), few)
+    whole = lowered(few.graph, plan, few.given)
+    deep = deepened(whole.program, whole.types, few)
     if deep is None:
         return None
     inputs = [s.type for s in deep.program.inputs] == [graph.types[i.id] for i in graph.inputs]
@@ -87,14 +89,34 @@ def _of_few_layers(graph: StepGraph, few: Shallow, plan: Plan) -> Deep | None:
     return deep if inputs and found == [(graph.types[o.id], o.replaces) for o in graph.outputs] else None
 
 
-def _lowered(
-    graph: StepGraph, plan: Plan, given: Sequence[Placement | None]
-) -> tuple[Program, Mapping[int, TensorType]]:
-    """The program of `graph`, but for its peak, with the types of its values."""
+@dataclass(frozen=True)
+class Lowered:
+    """A program, but for its peak, with the types of its values, and the nodes that it was written from. Values in
+    `twice` are made a second time, for the backward."""
+
+    program: Program
+    types: Mapping[int, TensorType]
+    nodes: Sequence[Node]
+    twice: range
+
+    @property
+    def phases(self) -> dict[int, str]:
+        """In which phase of the step a node makes a value: one of Phase, or "recomputed"."""
+        return {
+            out: "recomputed" if out in self.twice else node.origin.phase
+            for node in self.nodes
+            for out in flat_ids(node.outs)
+        }
+
+
+def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Lowered:
+    """All nodes of `graph`, one by one. `plan` is `fitted`."""
     mesh = plan.mesh
     nodes, spelled, outputs = canonical(graph)
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
+    once = len(types)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
+    twice = range(once, len(types))
     values = Values(types, mesh)
     if plan.tp > 1:
         nodes = with_batch_dims(nodes, values, outputs)
@@ -134,10 +156,10 @@ def _lowered(
         notes=tuple(placer.notes),
     )
     check(program)
-    return program, values.types
+    return Lowered(program, values.types, split.nodes, twice)
 
 
-def _fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:
+def fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:
     """The plan for this graph: micro-batches need a backward, and a sample each.
 
     A first step that is too small is refused. Later ones, like the last batch of an epoch, run in fewer parts.

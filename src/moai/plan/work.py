@@ -7,12 +7,13 @@ Out: the cost model turns it into seconds and bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moai.graph.step_graph import Phase
+if TYPE_CHECKING:
+    from moai.graph.step_graph import Phase  # commands read clusters, and do not wait for torch
 
 # Messages between devices come last.
 KINDS = ("matmul", "attention", "stream", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
@@ -99,7 +100,7 @@ class Work:
     samples: float
 
     @staticmethod
-    def of(tasks: Sequence[Task], memory: Memory, samples: float) -> Work:
+    def of(tasks: Sequence[Task], memory: Memory = Memory(), samples: float = 1.0) -> Work:
         columns: dict[str, Any] = {}
         for at, name in enumerate(Task._fields):
             column: list[Any] = [task[at] for task in tasks]
@@ -132,3 +133,48 @@ class Sample:
     deeper: int
     handed: float = 0.0
     before: Memory | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Bytes on a device at each of many places of a step: `total`, and what of it are `gradients`. At all of them there
+    are `parameters`, of which so many bytes come `before` the layers, and `states` that only the optimizer reads."""
+
+    total: np.ndarray
+    gradients: np.ndarray
+    parameters: float
+    states: float
+    before: float
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a Sample is made of, with memory at every place of the step instead of at its peak: `held` of the step with
+    few layers and `held_more` of the one with one more, at the same places. `handed`: as in Sample."""
+
+    less: Work
+    more: Work
+    held: Held
+    held_more: Held
+    handed: float
+    layers: int
+    deeper: int
+
+    def sample(self) -> Sample:
+        """The sample, at the place where the model holds the most."""
+        held = self.held
+        peak = int(np.argmax(held.total + self.deeper * (self.held_more.total - held.total)))
+        before = Memory(held.before, held.before, held.before * held.states / max(held.parameters, 1.0))
+        return Sample(
+            replace(self.less, memory=_memory(held, peak)),
+            replace(self.more, memory=_memory(self.held_more, peak)),
+            self.layers,
+            self.deeper,
+            self.handed,
+            before,
+        )
+
+
+def _memory(held: Held, place: int) -> Memory:
+    total, gradients = float(held.total[place]), float(held.gradients[place])
+    return Memory(held.parameters, gradients, held.states, total - gradients - held.parameters - held.states)

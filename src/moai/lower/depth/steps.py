@@ -51,9 +51,21 @@ def shallow(graph: StepGraph, given: Sequence[Placement | None], plan: Plan) -> 
     found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
     for depth in _SPREAD_DEPTHS if plan.distribute_param or plan.tp > 1 else _DEPTHS:
         if found is not None and found.units >= _WORTH_IT * depth:
-            deeper = found.units - depth
-            less, inputs = _graph(graph, found, -deeper)
-            yield Shallow(less, [given[at] for at in inputs], deeper, found.inputs(-deeper))
+            yield _with_units(graph, given, found, depth)
+
+
+def with_units(graph: StepGraph, given: Sequence[Placement | None], units: int) -> Shallow | None:
+    """The same step with so many units of its layers, if it has as many and more."""
+    found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
+    if found is None or found.units <= units:
+        return None
+    return _with_units(graph, given, found, units)
+
+
+def _with_units(graph: StepGraph, given: Sequence[Placement | None], found: Layered, units: int) -> Shallow:
+    deeper = found.units - units
+    less, inputs = _graph(graph, found, -deeper)
+    return Shallow(less, [given[at] for at in inputs], deeper, found.inputs(-deeper))
 
 
 @dataclass(frozen=True, eq=False)
