@@ -31,6 +31,10 @@ class Outcome:
 _RESERVED = 1.05
 
 
+# How much more than there is may be predicted for what was run after all.
+_DOUBT = 0.15
+
+
 class Predictor:
     """Keeps the work of each variant of a case: only times change with constants."""
 
@@ -53,7 +57,7 @@ class Predictor:
         """Who publishes a speed has chosen well what is not stated: of what fits into memory, the fastest is taken."""
         if self._fitting is None:
             timings = Described(self.case.cluster)
-            budget = self.case.cluster.device.memory_bytes
+            budget = self.case.cluster.device.memory_bytes * (1 + _DOUBT)
             needed = [self._predict(i, timings).memory.total for i in range(len(self._samples))]
             fitting = [i for i, n in enumerate(needed) if n <= budget]
             self._fitting = fitting or [min(range(len(needed)), key=needed.__getitem__)]

@@ -118,6 +118,8 @@ class _Row:
 
 def _case(name: str, row: _Row) -> Case:
     hardware, cluster = hardware_of(row["hw"], row.count("gpus"))
+    if re.search(r"\bILP\b", row["note"]):
+        raise LeftOut("its plan is a solver's, which the columns do not state")
     stack, facts = _stack(row)
     model = _model(row, facts)
     variants, unstated = _variants(row, model, facts)
@@ -183,7 +185,7 @@ def _stack(row: _Row) -> tuple[Stack, dict[str, Any]]:
         known.update(tp_overlap="none", dp_overlap=False)
     if row["shard"].upper().startswith("FSDP") and row.number("pp") not in (None, 1):
         known["gathered_once"] = True
-    facts = {name: known.pop(name) for name in ("local_batch", "adapters", "selective", "memory")}
+    facts = {name: known.pop(name) for name in ("local_batch", "interleaves", "adapters", "selective", "memory")}
     if not facts["memory"]:
         facts["memory"] = next((m for m in ("allocated", "reserved") if m in note), "")
     facts["local_batch"] |= "local batch" in note
@@ -218,9 +220,13 @@ def _variants(row: _Row, model: Model, facts: Mapping[str, Any]) -> tuple[tuple[
     if len(levels) > 1:
         unstated.append("recompute")
     chunks = [row.count("vp", 1)]
-    if pp > 1 and not row["vp"] and "interleaved" in row["note"].lower():
+    note = row["note"].lower()
+    if pp > 1 and not row["vp"] and "interleaved" in note:
         unstated.append("vp")
         chunks = [2]  # the least that is interleaved
+    elif pp > 1 and not row["vp"] and facts["interleaves"] and "1f1b" not in note:
+        unstated.append("vp")
+        chunks = [v for v in range(1, model.layers // pp + 1) if model.layers % (v * pp) == 0]
     base = Layout(
         dp,
         tp,

@@ -25,15 +25,15 @@ from moai.plan.work import AXES, KINDS, MESSAGES, PRECISIONS, Work
 
 # What is taken where a cluster says nothing else: round figures that hold for accelerators of several makers.
 GENERIC: dict[str, Constant] = {
-    "matmul": Constant(0.80, "assumed", 0.3, 1.0, "share of the peak that large matrix products reach"),
-    "matmul_fp8": Constant(0.65, "assumed", 0.3, 1.0, "the same in fp8, whose peak power allows less often"),
+    "matmul": Constant(0.70, "assumed", 0.3, 1.0, "share of the peak that large matrix products reach"),
+    "matmul_fp8": Constant(0.68, "assumed", 0.3, 1.0, "the same in fp8, whose peak power allows less often"),
     "matmul_fp4": Constant(0.50, "assumed", 0.2, 1.0, "the same in fp4"),
     "wave": Constant(5e5, "assumed", 0.0, 4e6, "results a matrix product idles for at its last wave of tiles"),
     "ramp": Constant(64.0, "assumed", 0.0, 1024.0, "inner products a tile idles for at its begin and end"),
-    "attention": Constant(0.60, "assumed", 0.1, 1.0, "share of the peak that fused attention reaches"),
-    "stream": Constant(0.80, "assumed", 0.3, 1.0, "share of the memory's bandwidth that an operator reaches"),
+    "attention": Constant(0.45, "assumed", 0.1, 1.0, "share of the peak that fused attention reaches"),
+    "stream": Constant(0.70, "assumed", 0.3, 1.0, "share of the memory's bandwidth that an operator reaches"),
     "kernel_s": Constant(2e-6, "assumed", 0.0, 2e-5, "seconds to begin and end a kernel on the device"),
-    "inside": Constant(0.75, "assumed", 0.3, 1.0, "share of the link inside a node that a collective reaches"),
+    "inside": Constant(0.70, "assumed", 0.3, 1.0, "share of the link inside a node that a collective reaches"),
     "between": Constant(0.75, "assumed", 0.3, 1.0, "share of the link between nodes that a collective reaches"),
     "message_s": Constant(1e-5, "assumed", 0.0, 1e-4, "seconds to begin and end a message between devices"),
     "launch_s": Constant(6e-6, "assumed", 0.0, 1e-4, "seconds of the host for one call"),

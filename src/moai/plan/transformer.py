@@ -90,7 +90,8 @@ class Stack:
     """How a framework goes about a transformer. What is of the framework, and not of the device, stands here.
 
     flash: attention is one kernel, and not products with a softmax between. fused: what lies between the products is
-    few kernels. calls_between: of the host, for what lies between two products; its backward has twice as many.
+    few kernels. calls_between: of the host, for what lies between two products; its backward has twice as many; calls_loss:
+    for the loss, and for its backward.
     sequence_parallel: between the products of tp, tokens are shared. tp_overlap: which of its messages are cut up and
     sent beside the products.
     dp_overlap: gradients and weights are sent beside the backward and the forward. gathered_once: of fully sharded
@@ -105,6 +106,7 @@ class Stack:
     flash: bool = True
     fused: bool = True
     calls_between: float = 2
+    calls_loss: float = 8
     sequence_parallel: bool = True
     tp_overlap: Literal["none", "backward", "all"] = "backward"
     dp_overlap: bool = True
@@ -368,7 +370,7 @@ class _Builder:
         model, entries = self.model, self.tokens * self.model.vocab / self.layout.tp
         n, k = model.vocab / self.layout.tp, model.hidden
         product = self._product(self.tokens, n, k, self.layout.half)
-        loss = Task("stream", "forward", bytes=self.stack.logit_bytes * entries, launches=self.stack.calls_between)
+        loss = Task("stream", "forward", bytes=self.stack.logit_bytes * entries, launches=self.stack.calls_loss)
         backward = (loss, *self._product(self.tokens, k, n, self.layout.half), *self._sums(n, k, self.layout.half))
         own = model.table_parameters / self.layout.tp if not model.tied or self.layout.pp > 1 else 0.0
         return _Block((*product, loss), tuple(task._replace(phase="backward") for task in backward), own)
@@ -416,10 +418,11 @@ class _Builder:
 
     def _working(self) -> float:
         """Bytes for a layer at a time: what is computed again, gradients of activations, and gathered weights."""
+        model, layout, summed = self.model, self.layout, self.stack.gradient_bytes
         again = sum(piece.kept for piece in self.pieces) - self._kept()
-        gradients = 2 * self.tokens * self.model.ffn * (1 + self.model.gated) / self.layout.tp
-        gathered = 0.0
-        if self.layout.sharding == "full" and not self.stack.gathered_once:
-            layer = self.model.layer_parameters / self.layout.tp
-            gathered = (2 * 2 + 2 * self.stack.gradient_bytes) * layer
-        return again + gradients + gathered
+        gradients = 2 * self.tokens * model.ffn * (1 + model.gated) / layout.tp
+        # What tp has not summed yet, and the gradient of what it gathered.
+        partial = 4 * self.tokens * model.hidden if layout.tp > 1 else 0.0
+        layer = model.layer_parameters / layout.tp
+        gathered = {"full": (4 * (not self.stack.gathered_once) + 2 * summed) * layer}.get(layout.sharding, 0.0)
+        return again + gradients + partial + gathered
