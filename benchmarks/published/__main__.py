@@ -3,9 +3,10 @@
 python -m benchmarks.published --csv FILE [--json [FILE]] [--record] [--fit]
 
 Each row is predicted from its own columns, by the cost model of the planner (moai.plan.cost) with the constants of the
-cluster files. Without a row's source, those constants are calibrated anew to the other rows of its hardware; where no
-other row is left, hardware of the same kind stands in, and then what holds for hardware in general. Rows that do not say
-enough are left out, with the reason. --fit calibrates the constants to FILE and writes them to the cluster files.
+cluster files. "Left out" are the same rows, with constants that were calibrated without all rows of their source: to the
+others of their hardware, from where hardware of the same kind and measurements of other people have them begin. Rows
+that do not say enough are not predicted, with the reason. --fit calibrates the constants to FILE and writes them to the
+cluster files.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.published.calibrate import at_bounds, by_hardware, calibrate, calibrate_one
-from benchmarks.published.constants import KIN, Constants, fitted_to, shipped, write
+from benchmarks.published.calibrate import Calibration, at_bounds
+from benchmarks.published.constants import Constants, fitted_to, shipped, write
 from benchmarks.published.predicting import Predictor
 from benchmarks.published.report import Predicted, report, table
 from benchmarks.published.rows import read
@@ -35,7 +36,7 @@ def main() -> int:
         return 1
     predictors = [Predictor(case) for case in cases]
     if options.fit:
-        write(calibrate(predictors))
+        write(Calibration(predictors).every())
         print("The cluster files hold the constants that were fitted.", file=sys.stderr)
         return 0
     found = _found(predictors, left_out)
@@ -79,24 +80,13 @@ def _found(predictors: Sequence[Predictor], left_out: Mapping[str, str]) -> dict
 
 def _without_source(predictors: Sequence[Predictor], constants: Mapping[str, Constants]) -> list[Predicted]:
     """Each case, predicted with constants that were not fitted to its source."""
-    groups = by_hardware(predictors)
-    known: dict[tuple[str, str], Constants] = {}
-
-    def others(hardware: str, source: str, tried: tuple[str, ...] = ()) -> Constants:
-        if hardware in constants and source not in fitted_to(constants[hardware]):
-            return constants[hardware]
-        rows = [p for p in groups.get(hardware, []) if p.case.source != source]
-        if rows:
-            return calibrate_one(rows)
-        kin = KIN.get(hardware)
-        return {} if kin is None or kin in tried else others(kin, source, (*tried, hardware))
-
+    calibration = Calibration(predictors)
     predicted = []
     for p in predictors:
-        key = p.case.hardware, p.case.source
-        if key not in known:
-            known[key] = others(*key)
-        predicted.append((p.case, p.outcome(known[key])))
+        known = constants[p.case.hardware]
+        if p.case.source in fitted_to(known):
+            known = calibration.constants(p.case.hardware, p.case.source)
+        predicted.append((p.case, p.outcome(known)))
     return predicted
 
 

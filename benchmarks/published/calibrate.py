@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.published.constants import Constants, with_sources
+from benchmarks.published.constants import KIN, Constants, prior, with_sources
 from benchmarks.published.predicting import Predictor
 from moai.plan.cluster import Constant
 from moai.plan.timings import GENERIC
@@ -36,7 +36,7 @@ SPREADS = {
 }
 # Of a case: what models of this kind leave unexplained, and where an error begins to count less than quadratically.
 _NOISE, _HUBER = 0.06, 1.5
-_ROUNDS, _STEP = 8, 0.05
+_ROUNDS, _STEP, _ENOUGH = 8, 0.05, 3e-3
 # Rows of one source and hardware count as this many at the most, for rows of one table are no independent proofs; and
 # no more of them than the second number are looked at.
 _COUNTED, _LOOKED_AT = 15.0, 90
@@ -44,32 +44,49 @@ _COUNTED, _LOOKED_AT = 15.0, 90
 _MOVED = 0.03
 
 
-def calibrate(predictors: Sequence[Predictor]) -> dict[str, Constants]:
-    """Constants by hardware: those that the cases moved, each with its sources."""
-    return {name: calibrate_one(found) for name, found in sorted(by_hardware(predictors).items())}
+class Calibration:
+    """Constants by hardware from some rows, and from these without one source."""
+
+    def __init__(self, predictors: Iterable[Predictor]) -> None:
+        self._rows: dict[str, list[Predictor]] = defaultdict(list)
+        for predictor in predictors:
+            self._rows[predictor.case.hardware].append(predictor)
+        self._known: dict[tuple[str, str, bool], Constants] = {}
+
+    def constants(self, hardware: str, without: str = "") -> Constants:
+        """Those that differ from the generic ones, each with where it is from."""
+        return self._constants(hardware, without, True)
+
+    def every(self) -> dict[str, Constants]:
+        return {hardware: self.constants(hardware) for hardware in sorted(self._rows)}
+
+    def _constants(self, hardware: str, without: str, with_kin: bool) -> Constants:
+        key = hardware, without, with_kin
+        if key not in self._known:
+            kin = KIN.get(hardware) if with_kin else None
+            near = {} if kin is None else self._constants(kin, without, False)
+            start = prior(hardware, {name: replace(c, source=f"as of {kin}") for name, c in near.items()})
+            self._known[key] = self._calibrated(hardware, without, start)
+        return self._known[key]
+
+    def _calibrated(self, hardware: str, without: str, start: Constants) -> Constants:
+        groups: dict[str, list[Predictor]] = defaultdict(list)
+        for predictor in self._rows.get(hardware, []):
+            if predictor.case.source != without:
+                groups[predictor.case.source].append(predictor)
+        seen = [p for group in groups.values() for p in group[:: math.ceil(len(group) / _LOOKED_AT)]]
+        found = _fit(seen, start) if seen else start
+        moved = {n: c if _apart(c, start[n]) else start[n] for n, c in with_sources(found, set(groups)).items()}
+        return {name: c for name, c in moved.items() if _apart(c, GENERIC[name])}
 
 
-def by_hardware(predictors: Iterable[Predictor]) -> dict[str, list[Predictor]]:
-    groups: dict[str, list[Predictor]] = defaultdict(list)
-    for predictor in predictors:
-        groups[predictor.case.hardware].append(predictor)
-    return groups
+def _apart(one: Constant, other: Constant) -> bool:
+    return abs(math.log(one.value / other.value)) > _MOVED
 
 
-def calibrate_one(predictors: Sequence[Predictor]) -> Constants:
-    """The same for the cases of one hardware."""
-    groups: dict[str, list[Predictor]] = defaultdict(list)
-    for predictor in predictors:
-        groups[predictor.case.source].append(predictor)
-    seen = [p for group in groups.values() for p in group[:: math.ceil(len(group) / _LOOKED_AT)]]
-    found = _fit(seen)
-    moved = {name: c for name, c in found.items() if abs(math.log(c.value / GENERIC[name].value)) > _MOVED}
-    return with_sources(moved, set(groups))
-
-
-def _fit(predictors: Sequence[Predictor]) -> dict[str, Constant]:
+def _fit(predictors: Sequence[Predictor], start: Constants) -> dict[str, Constant]:
     names = list(SPREADS)
-    priors = np.log([GENERIC[name].value for name in names])
+    priors = np.log([start[name].value for name in names])
     lows = np.log([max(GENERIC[name].low, 1e-9) for name in names])
     highs = np.log([GENERIC[name].high for name in names])
     spreads = np.array([SPREADS[name] for name in names])
@@ -88,7 +105,7 @@ def _fit(predictors: Sequence[Predictor]) -> dict[str, Constant]:
         step = np.clip(np.linalg.solve(left, right), -0.5, 0.5)
         at = np.clip(at + step, lows, highs)
         errors = _errors(predictors, names, at)
-        if np.abs(step).max() < 1e-3:
+        if np.abs(step).max() < _ENOUGH:
             break
     return {name: _constant(name, value) for name, value in zip(names, at, strict=True)}
 

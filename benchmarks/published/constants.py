@@ -1,6 +1,6 @@
 """The calibrated constants of the cluster files.
 
-In: what `calibrate` found. Out: the `[constants]` at the end of each file of moai/plan/clusters, and where they are from.
+In: what `calibrate` found. Out: the `[constants]` at the end of each file of moai/plan/clusters, and their sources.
 Hardware of which there are no rows has those of hardware of the same kind, as an assumption.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from moai.plan.cluster import Constant
 from moai.plan.cluster_file import SHIPPED, SUFFIX, load, names
+from moai.plan.timings import GENERIC
 
 Constants = Mapping[str, Constant]
 
@@ -26,6 +27,23 @@ KIN = {
     "h200": "h100",
     "v100-16": "v100-32",
     "v100-32": "v100-16",
+}
+_BEST = "0.9 of the best of stas00/ml-engineering, compute/accelerator/README.md"
+_DAO = "Dao, FlashAttention-2 (2023), figures 4 to 6: 180 to 225 TFLOP/s forward and backward, of 312"
+
+
+def _measured(value: float, source: str) -> Constant:
+    return Constant(value, "measured", 0.1, 1.0, source)
+
+
+# What was measured by other means than training: where calibration begins.
+MEASURED: dict[str, dict[str, Constant]] = {
+    "a100-40": {"matmul": _measured(0.78, _BEST), "attention": _measured(0.6, _DAO)},
+    "a100-80": {"matmul": _measured(0.78, _BEST), "attention": _measured(0.6, _DAO)},
+    "h100": {"matmul": _measured(0.72, _BEST), "matmul_fp8": _measured(0.64, _BEST)},
+    "h200": {"matmul": _measured(0.72, _BEST), "matmul_fp8": _measured(0.66, _BEST)},
+    "b200": {"matmul": _measured(0.70, _BEST), "matmul_fp8": _measured(0.69, _BEST)},
+    "mi300x": {"matmul": _measured(0.46, _BEST)},
 }
 _HEAD = "\n# Fitted to published runs by `python -m benchmarks.published --fit`: change them there.\n[constants]\n"
 _FITTED = "rows of "
@@ -47,10 +65,15 @@ def with_sources(constants: Constants, sources: set[str]) -> Constants:
     return {name: replace(c, source=text) if c.provenance == "fitted" else c for name, c in constants.items()}
 
 
+def prior(hardware: str, kin: Constants) -> dict[str, Constant]:
+    """Where the calibration of some hardware begins: `kin` are the constants of hardware of the same kind."""
+    return {**GENERIC, **MEASURED.get(hardware, {}), **kin}
+
+
 def write(fitted: Mapping[str, Constants]) -> None:
-    """Replace the constants of all cluster files of hardware that was fitted, or that is of a kind with it."""
+    """Replace the constants of all cluster files of hardware that was fitted, is of a kind with it, or was measured."""
     for name in names():
-        constants = fitted.get(name) or _assumed(fitted, name)
+        constants = fitted.get(name) or _assumed(fitted, name) or MEASURED.get(name, {})
         if not constants:
             continue
         file = SHIPPED / f"{name}{SUFFIX}"

@@ -1,7 +1,7 @@
 """What hardware a published run names.
 
 In: the column `hw`, such as "A100-80GB-SXM (Selene, 8xHDR200/node)". Out: the name of the description that fits it,
-whose constants it has, and its Cluster: a shipped description, with what the text says otherwise (links, power, memory).
+whose constants it has, and its Cluster: that description, with what the text says otherwise (links, power, memory).
 """
 
 from __future__ import annotations

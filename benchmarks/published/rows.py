@@ -47,8 +47,8 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Case:
     """A row that can be predicted. `variants`: one where the row states all, else one for each value of what it does
-    not state (`unstated`). `memory_metric`: whether the
-    memory was what the allocator had "reserved", or what was "allocated" of it; "" is not known. `problem`: equal for rows that solve the same problem with the same devices."""
+    not state (`unstated`). `memory_metric`: whether the memory was "reserved" by the allocator, or what was "allocated"
+    of it; "" is not known. `problem`: equal for rows that solve the same problem with the same devices."""
 
     id: str
     source: str

@@ -89,18 +89,18 @@ class Layout:
 class Stack:
     """How a framework goes about a transformer. What is of the framework, and not of the device, stands here.
 
-    flash: attention is one kernel, and not products with a softmax between. fused: what lies between the products is
-    few kernels. calls_between: of the host, for what lies between two products; its backward has twice as many; calls_loss:
-    for the loss, and for its backward.
+    flash: attention is one kernel, and not products with a softmax between; attention_excess: its FLOPs over those
+    that are needed. fused: what lies between the products is few kernels.
+    calls_between: of the host, for what lies between two products, and twice as many for its backward; calls_loss: for
+    the loss, and again for its backward.
     sequence_parallel: between the products of tp, tokens are shared. tp_overlap: which of its messages are cut up and
-    sent beside the products.
+    sent beside the products. gathers_again: what tp gathers for a product is not kept, but gathered for the backward.
     dp_overlap: gradients and weights are sent beside the backward and the forward. gathered_once: of fully sharded
-    weights the layers are gathered once a step, and gradients summed once. weight_bytes: of a parameter as it is kept;
-    gradient_bytes: of one as it is summed; accumulates: gradients are added to others of gradient_bytes in each
-    micro-batch. state_bytes: of a parameter's optimizer states and its precise copy. logit_bytes: held for an entry of
-    the logits. casts: bytes moved for an entry of a product's operands, to make them narrow; keeps_narrow: they are
-    kept so for the backward. gathers_again: what tp gathers for a product is not kept. attention_excess: FLOPs of
-    fused attention over those that are needed.
+    weights the layers are gathered once a step, and gradients summed once.
+    weight_bytes: of a parameter as it is kept; gradient_bytes: of one as it is summed; accumulates: gradients are added
+    to those of earlier micro-batches. state_bytes: of a parameter's optimizer states and its precise copy.
+    logit_bytes: held for an entry of the logits, and moved for it on each way. casts: bytes moved for an entry of a
+    product's operands, to make them narrow; keeps_narrow: they are kept so for the backward.
     """
 
     flash: bool = True
