@@ -3,10 +3,10 @@
 python -m benchmarks.published --csv FILE [--json [FILE]] [--record] [--fit]
 
 Each row is predicted from its own columns, by the cost model of the planner (moai.plan.cost) with the constants of the
-cluster files. "Left out" are the same rows, with constants that were calibrated without all rows of their source: to the
-others of their hardware, from where hardware of the same kind and measurements of other people have them begin. Rows
-that do not say enough are not predicted, with the reason. --fit calibrates the constants to FILE and writes them to the
-cluster files.
+cluster files. "Left out" are the same rows, with constants that were calibrated without all rows of their source: to
+the others of their hardware, from where hardware of the same kind and measurements of other people have them begin.
+Rows that do not say enough are not predicted, with the reason. --fit calibrates the constants to FILE and writes them
+to the cluster files.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ _NAMES = (
     (r"MI250", "mi250"),
     (r"MI210", "mi210"),
 )
+_INFINIBAND = {"EDR": 100.0, "HDR": 200.0, "NDR": 400.0}  # Gb/s
 _WATTS = {"h100": 700.0}  # of the descriptions
 # Rates of products follow the clock, and the clock roughly the root of the power that is left.
 _POWER = 0.5
@@ -42,7 +43,7 @@ def hardware_of(text: str, devices: int) -> tuple[str, Cluster]:
     """Raises UnknownHardware."""
     name = next((name for pattern, name in _NAMES if re.search(pattern, text, re.IGNORECASE)), None)
     if name is None:
-        raise UnknownHardware(f"there is no description of {text or 'unnamed hardware'!r}")
+        raise UnknownHardware(f"there is no description of the hardware {text!r}")
     cluster = _described(name)
     if re.search("DGX-2", text):
         cluster = replace(cluster, devices_per_node=16)
@@ -65,12 +66,12 @@ def hardware_of(text: str, devices: int) -> tuple[str, Cluster]:
 
 def _network(text: str, per_node: int) -> float | None:
     """Bytes a second of a device's share of its node's network."""
-    found = re.search(r"([\d.]+)\s*(?:Gb/s|Gbps)\s*(/GPU)?", text)
+    found = re.search(r"(?:(\d+)\s*x\s*)?([\d.]+)\s*(?:Gb/s|Gbps|Gbit/s)\s*(/GPU)?", text)
     if found:
-        return float(found[1]) * 1e9 / 8 / (1 if found[2] else per_node)
-    found = re.search(r"(\d+)\s*x\s*HDR(\d*)", text)
+        return int(found[1] or 1) * float(found[2]) * 1e9 / 8 / (1 if found[3] else per_node)
+    found = re.search(r"(?:(\d+)\s*x\s*)?(EDR|HDR|NDR)(\d*)", text)
     if found:
-        return int(found[1]) * float(found[2] or 200) * 1e9 / 8 / per_node
+        return int(found[1] or per_node) * float(found[3] or _INFINIBAND[found[2]]) * 1e9 / 8 / per_node
     return None
 
 

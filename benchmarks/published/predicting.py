@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from benchmarks.published.rows import Case, Variant
 from moai.plan.cluster import Cluster, Constant
 from moai.plan.cost import Prediction, predict
+from moai.plan.dims import Layout
 from moai.plan.plan import Plan
 from moai.plan.timings import Described, Group, laid_out
-from moai.plan.transformer import Layout, sample
+from moai.plan.transformer import sample
 from moai.plan.work import Sample
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.published.hardware import UnknownHardware, hardware_of
 from moai.plan.cluster import Cluster
 from moai.plan.cluster_file import tomllib
-from moai.plan.transformer import Layout, Model, Stack
+from moai.plan.dims import Layout, Model, Stack
 
 FACTS = Path(__file__).parent / "sources.toml"
 _PRECISIONS = {
