@@ -50,7 +50,8 @@ class Calibration:
     def __init__(self, predictors: Iterable[Predictor]) -> None:
         self._rows: dict[str, list[Predictor]] = defaultdict(list)
         for predictor in predictors:
-            self._rows[predictor.case.hardware].append(predictor)
+            if predictor.case.typical:
+                self._rows[predictor.case.hardware].append(predictor)
         self._known: dict[tuple[str, str, bool], Constants] = {}
 
     def constants(self, hardware: str, without: str = "") -> Constants:

@@ -21,6 +21,8 @@ from moai.plan.cluster_file import tomllib
 from moai.plan.dims import Layout, Model, Stack
 
 FACTS = Path(__file__).parent / "sources.toml"
+# Facts of a source that say how to read its rows.
+_OF_ROWS = ("local_batch", "interleaves", "adapters", "selective", "memory", "autocast_bytes")
 _PRECISIONS = {
     "nvfp4": "fp4",
     "fp4": "fp4",
@@ -48,7 +50,8 @@ class Variant:
 class Case:
     """A row that can be predicted. `variants`: one where the row states all, else one for each value of what it does
     not state (`unstated`). `memory_metric`: whether the memory was "reserved" by the allocator, or what was "allocated"
-    of it; "" is not known. `problem`: equal for rows that solve the same problem with the same devices."""
+    of it; "" is not known. `problem`: equal for rows that solve the same problem with the same devices.
+    `typical`: the time is no fastest step's."""
 
     id: str
     source: str
@@ -62,6 +65,7 @@ class Case:
     memory_bytes: float | None
     memory_metric: str
     problem: tuple[object, ...]
+    typical: bool
 
 
 def read(file: Path) -> tuple[list[Case], dict[str, str]]:
@@ -137,6 +141,7 @@ def _case(name: str, row: _Row) -> Case:
         _memory(row),
         facts["memory"],
         (row.source, hardware, model, cluster.n_devices, gbs, row["precision"].lower(), row["kind"]),
+        "min of steps" not in row["note"].lower(),
     )
 
 
@@ -181,11 +186,13 @@ def _stack(row: _Row) -> tuple[Stack, dict[str, Any]]:
     known["casts"] = _casts(row["precision"].lower(), known["casts"])
     if known.pop("flash2") and re.search("H[12]00|B[12]00", row["hw"]):
         known["attention_excess"] *= 1.6  # Shah et al., "FlashAttention-3" (2024): 1.5 to 2 times as fast on an H100
+    if row["precision"].lower().startswith("amp"):
+        known["entry_bytes"] = known["autocast_bytes"]
     if "overlap off" in note:
         known.update(tp_overlap="none", dp_overlap=False)
     if row["shard"].upper().startswith("FSDP") and row.number("pp") not in (None, 1):
         known["gathered_once"] = True
-    facts = {name: known.pop(name) for name in ("local_batch", "interleaves", "adapters", "selective", "memory")}
+    facts = {name: known.pop(name) for name in _OF_ROWS}
     if not facts["memory"]:
         facts["memory"] = next((m for m in ("allocated", "reserved") if m in note), "")
     facts["local_batch"] |= "local batch" in note

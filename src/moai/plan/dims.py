@@ -81,7 +81,8 @@ class Stack:
     """How a framework goes about a transformer. What is of the framework, and not of the device, stands here.
 
     flash: attention is one kernel, and not products with a softmax between; attention_excess: its FLOPs over those
-    that are needed. fused: what lies between the products is few kernels.
+    that are needed. fused: what lies between the products is few kernels; entry_bytes: of an entry that these
+    read or write.
     calls_between: of the host, for what lies between two products, and twice as many for its backward; calls_loss: for
     the loss, and again for its backward.
     sequence_parallel: between the products of tp, tokens are shared. tp_overlap: which of its messages are cut up and
@@ -96,6 +97,7 @@ class Stack:
 
     flash: bool = True
     fused: bool = True
+    entry_bytes: float = 2
     calls_between: float = 2
     calls_loss: float = 8
     sequence_parallel: bool = True

@@ -81,9 +81,9 @@ class _Builder:
 
     def _between(self, moved: float, kept: float = 0.0) -> _Piece:
         """Operators that move so many entries forward, and twice as many backward."""
-        calls = self.stack.calls_between
-        forward = Task("stream", "forward", bytes=2 * moved, launches=calls)
-        return _Piece("between", (forward,), (forward._replace(bytes=4 * moved, launches=2 * calls),), kept)
+        calls, moved = self.stack.calls_between, moved * self.stack.entry_bytes
+        forward = Task("stream", "forward", bytes=moved, launches=calls)
+        return _Piece("between", (forward,), (forward._replace(bytes=2 * moved, launches=2 * calls),), kept)
 
     def _column(self, n: float, k: float) -> _Piece:
         """A matrix whose columns are shared: its inputs are gathered first, and their gradients summed at last."""
