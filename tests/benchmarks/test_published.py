@@ -177,6 +177,14 @@ def test_regret_is_of_the_plan_that_was_predicted_to_be_the_fastest(tmp_path):
     assert found == {"groups": 1, "mean": 1.0, "p90": 1.0, "worst": 1.0, "top_three": 1.0}
 
 
+def test_of_plans_that_are_not_told_apart_the_one_with_the_fewest_stages_is_chosen(tmp_path):
+    file = rows(tmp_path, {"step_s": "1"}, {"dp": "4", "pp": "2", "step_s": "2"})
+    cases, _ = read(file)
+    for staged, expected in ((0.99, 0.0), (0.97, 1.0)):
+        found = regret([(c, Outcome(t, 0.0, t, t)) for c, t in zip(cases, (1.0, staged), strict=True)])
+        assert found is not None and found["mean"] == expected
+
+
 def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     file = rows(tmp_path, {}, {"hw": "?"})
     monkeypatch.setattr(sys, "argv", ["published", "--csv", str(file), "--json"])

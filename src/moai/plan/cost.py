@@ -30,6 +30,10 @@ from moai.plan.work import AXES, KINDS, MESSAGES, PHASES, Memory, Sample, Task, 
 # The p of the soft maximum of host and device: at equal times a phase takes 1.19 times as long as either.
 SOFTNESS = 4.0
 
+# Plans whose predicted times differ by less than this share are not told apart: of them the one with the fewest stages
+# is the safer choice, since a bubble has the errors of all stages in it.
+INDISTINCT = 0.02
+
 # Of the host, for a message to the next stage: to send, to receive, and to wait for either.
 _CALLS_OF_A_HOP = 4
 
