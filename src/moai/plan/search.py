@@ -290,7 +290,8 @@ def _reason(candidates: Sequence[Candidate], lightest: tuple[Plan, float] | None
     plan, nbytes = lightest
     if nbytes <= budget_bytes:  # the others were dropped for other reasons
         return next((c.dropped for c in runnable if c.dropped), "")
-    return f'No plan fits: "{plan}" needs the least memory, {_size(nbytes)} a device; {_size(budget_bytes)} of it may be used'
+    usable = f"of which {_size(budget_bytes)} may be used"
+    return f'No plan fits: "{plan}" needs the least memory, {_size(nbytes)} a device, {usable}'
 
 
 def _size(nbytes: float) -> str:

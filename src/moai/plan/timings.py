@@ -124,7 +124,7 @@ class Described:
             kind, axis = divmod(int(code), len(AXES))
             chosen = (work.kind == kind) & (work.axis == axis)
             group = groups.get(AXES[axis], Group(1))
-            seconds[chosen] = self._message_s(KINDS[kind], work.message[chosen], group)
+            seconds[chosen] = self.message_s(KINDS[kind], work.message[chosen], group)
         return seconds
 
     def _computing(self, work: Work) -> np.ndarray:
@@ -138,7 +138,7 @@ class Described:
         seconds[products] *= losses / self._reached[work.precision[products]]
         return seconds
 
-    def _message_s(self, kind: str, message: np.ndarray, group: Group) -> np.ndarray:
+    def message_s(self, kind: str, message: np.ndarray, group: Group) -> np.ndarray:
         """Seconds of messages of so many bytes in all, within a group."""
         if group.size == 1:
             return np.zeros_like(message)
