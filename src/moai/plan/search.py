@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from moai.plan.cluster import Cluster
-from moai.plan.cost import Prediction, predict
+from moai.plan.cost import INDISTINCT, Prediction, predict
 from moai.plan.errors import PlanError
 from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
@@ -94,7 +94,15 @@ def search(
     if not taken:
         raise NoPlan(_reason(candidates, asked.lightest(), budget_bytes), candidates)
     seconds = time.monotonic() - begin
-    return Choice(taken[0], tuple(candidates), cluster, budget_bytes, step.batch, step.tokens, seconds)
+    return Choice(_safest(taken), tuple(candidates), cluster, budget_bytes, step.batch, step.tokens, seconds)
+
+
+def _safest(fitting: Sequence[Candidate]) -> Candidate:
+    """Of the plans that are about as fast as the first, the one with the fewest stages, and of these the one in which
+    the most devices share the batch: the less is sent, the less can be predicted wrongly."""
+    seconds = [c.prediction.step_s for c in fitting if c.prediction is not None]
+    alike = [c for c, s in zip(fitting, seconds, strict=True) if s <= seconds[0] * (1 + INDISTINCT)]
+    return min(alike, key=lambda c: (c.plan.pp, -c.plan.dp))
 
 
 class _Search:

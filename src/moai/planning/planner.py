@@ -133,8 +133,8 @@ class Planner:
 
     def _first_that_fits(self, choice: Choice, taken: int, lowered: Lowered) -> Planned:
         """The best plan whose program, now that all layers are lowered, fits beside the `taken` bytes."""
-        best = [c.plan for c in choice.candidates if c.dropped is None and c.runnable]
-        for plan in best[:_TRIED]:
+        others = [c.plan for c in choice.candidates if c.dropped is None and c.runnable and c is not choice.best]
+        for plan in [choice.best.plan, *others[:_TRIED]]:
             try:
                 program = lowered(plan)
             except PlanError:
