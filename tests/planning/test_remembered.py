@@ -23,9 +23,7 @@ def test_what_was_kept_is_found_again(environ):
     assert remembered.find("b", environ) is None
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"plan": {"dp": 2}}', '{"plan": {"sizes": 2}}', "\0", "9" * 5000]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": {"dp": 2}}', '{"plan": {"sizes": 2}}', "\0", "9" * 5000])
 def test_a_damaged_file_is_as_good_as_none(environ, tmp_path, content):
     remembered.keep("a", CHOSEN, environ)
     (tmp_path / "moai" / "plans" / "a").write_text(content)
