@@ -18,11 +18,13 @@ N = 64  # entries of a value
 TERMS, PART = Placement((), ("a", "b")), Placement((Shard(0, ("a",), (N // 2, N // 2)),), ("b",))
 
 
-def joined(code: Sequence[tuple[Any, ...]], states: Sequence[int] = (), **dtypes: torch.dtype) -> list[str]:
+def joined(
+    code: Sequence[tuple[Any, ...]], states: Sequence[int] = (), large: Sequence[int] = (), **dtypes: torch.dtype
+) -> list[str]:
     """The code, from (operator, argument, result, axes): joined collectives with what they are of."""
     values = Values((), MESH)
     for id_ in range(30):
-        values.new(TensorType((N,), dtypes.get(f"v{id_}", torch.float32)), TERMS)
+        values.new(TensorType((N * 4096 if id_ in large else N,), dtypes.get(f"v{id_}", torch.float32)), TERMS)
     instructions = []
     for op, x, out, *axes in code:
         args: tuple[Any, ...] = (Ref(x),) if x is not None else ()
@@ -56,6 +58,25 @@ def test_sums_are_joined_behind_the_last_term_and_awaited_before_the_first_use()
 def test_a_sum_that_is_needed_before_another_is_ready_does_not_wait_for_it():
     code = [("neg", 0, 1), ("all_reduce", 1, 11), ("exp", 11, 2), ("all_reduce", 2, 12), ("sin", 12, 3)]
     assert joined(code) == ["neg 1", "all_reduce 11", "exp 2", "all_reduce 12", "sin 3"]
+
+
+def test_a_sum_that_would_be_under_way_for_long_does_not_wait_for_one_that_is_needed_later():
+    """A count of labels, that the backward needs, and a loss, that the end of the step needs."""
+    forward, backward = ([("exp", 0, None)] * 40 for _ in range(2))
+    code = [("neg", 0, 1), *forward, ("cos", 0, 2), ("all_reduce", 1, 11), ("sin", 11, 3), *backward]
+    code += [("all_reduce", 2, 12), ("exp", 12, 4)]
+    found = [line for line in joined(code) if line != "exp"]
+    assert found == [
+        *("neg 1", "all_reduce a of 1", "cos 2", "all_reduce a of 2"),
+        *("wait 11", "sin 3", "wait 12", "exp 4"),
+    ]
+
+
+def test_a_small_term_that_is_there_first_waits_for_the_memory_of_its_bucket():
+    """Not the memory, all the while, for the terms that it is for."""
+    code = [("neg", 0, 1), *[("exp", 0, None)] * 40, ("cos", 0, 2), ("all_reduce", 1, 11), ("all_reduce", 2, 12)]
+    found = [line for line in joined(code, large=[2, 12]) if line != "exp"]
+    assert found == ["neg 1", "bucket (11, 12)", "cos 2", "copy_", "copy_", "all_reduce a of 11,12", "wait "]
 
 
 def test_sums_of_different_types_are_not_joined():

@@ -34,6 +34,7 @@ from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
 from moai.lower.regions import gathered
+from moai.lower.small_sums import under_way
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.unhindered import without_collections
 from moai.lower.validate import validate
@@ -131,6 +132,8 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
     code = in_loops(code, outputs, placer.remade, values)
+    states = [id_ for id_, out in zip(outputs, graph.outputs, strict=True) if out.replaces is not None]
+    code = under_way(code, states, values)
     code = bucketed(code, values, placer.stored)
     code = gathered(code, outputs, values)
     donated = _donated(graph)
