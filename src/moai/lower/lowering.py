@@ -22,6 +22,7 @@ from moai.lower.canonical import canonical
 from moai.lower.check import check
 from moai.lower.cleanup import uses, without_dead, without_repetitions
 from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
+from moai.lower.dropped import with_own_views
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
@@ -117,6 +118,8 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
     once = len(types)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
+    if plan.distribute_low_prec_param:
+        nodes, types = with_own_views(nodes, types, graph.inputs)
     twice = range(once, len(types))
     values = Values(types, mesh)
     if plan.tp > 1:
