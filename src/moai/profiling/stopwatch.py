@@ -57,18 +57,21 @@ class Stopwatch:
         finally:
             self._accelerator.forget()
 
-    def of_program(self, program: Program, scalars: Sequence[float | int] = ()) -> float:
-        """Seconds of a run of `program` on inputs of zeros: of a layer, a step, whatever it is. Scalars are zeros where
-        they are left out, which may make an optimizer divide by zero, but not take another time."""
+    def of_program(
+        self,
+        program: Program,
+        scalars: Sequence[float | int] = (),
+        tensors: Sequence[torch.Tensor] | None = None,
+    ) -> float:
+        """Seconds of a run of `program`: of a layer, a step, whatever it is. Inputs and scalars that are left out are
+        zeros, which may make an optimizer divide by zero, but not take another time."""
         accelerator = self._accelerator
-        inputs = [
-            accelerator.upload(torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu"), s.placement, program.mesh)
-            for s in program.inputs
-        ]
-        given = scalars or [0] * program.n_scalars
+        given = tensors or [torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu") for s in program.inputs]
+        inputs = [accelerator.upload(x, s.placement, program.mesh) for x, s in zip(given, program.inputs, strict=True)]
+        numbers = scalars or [0] * program.n_scalars
         found = []
         for _ in range(1 + self._runs):
-            outputs = accelerator.run(program, inputs, given)
+            outputs = accelerator.run(program, inputs, numbers)
             accelerator.synchronize()
             found.append(accelerator.run_seconds)
             for slot, buffer in zip(program.outputs, outputs, strict=True):
