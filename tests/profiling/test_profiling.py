@@ -132,7 +132,7 @@ def test_an_attentions_case_moves_the_bytes_that_it_is_kept_under(backward, prec
 
 def test_a_products_case_has_its_three_directions():
     case = cases.matmul(3, 5, 7, "fp32")
-    assert sum(each.op == "aten.mm.default" for each in case.body) == cases.PRODUCTS
+    assert sum(each.op == "aten.mm.default" for each in case.body) == case.parts
     run_here(case)
 
 

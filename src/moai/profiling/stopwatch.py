@@ -17,8 +17,10 @@ from moai.graph.step_graph import TensorType, flat_ids
 from moai.lower.program import Instruction, Program, Slot
 from moai.runtime.accelerator import Accelerator, Buffer
 
-SECONDS = 0.01  # that a timed run should take
-RUNS = 5
+# That a timed run should take: less than the system lets another program run for, so that some runs are undisturbed.
+SECONDS = 0.003
+RUNS = 12
+_LEAST = 1e-7  # seconds that anything takes
 _MOST_PASSES = 4096
 
 _numbers = itertools.count()
@@ -27,11 +29,14 @@ _numbers = itertools.count()
 @dataclass(frozen=True, slots=True)
 class Case:
     """`body` is repeated; value i is tensor i of `tensors`, which every device has a copy of. `axes`: of the mesh,
-    outermost first; empty for one axis of all devices."""
+    outermost first; empty for one axis of all devices. `parts`: how many times the body does what is to be timed.
+    `beside`: what else it does, and is not to be counted."""
 
     tensors: tuple[torch.Tensor, ...]
     body: tuple[Instruction, ...]
     axes: tuple[tuple[str, int], ...] = ()
+    parts: int = 1
+    beside: Case | None = None
 
 
 class Stopwatch:
@@ -44,7 +49,11 @@ class Stopwatch:
         self._runs = runs
 
     def of_case(self, case: Case) -> float:
-        """Seconds of one pass of the body."""
+        """Seconds of one part of the body."""
+        beside = 0.0 if case.beside is None else self._of_pass(case.beside)
+        return max(_LEAST, self._of_pass(case) - beside) / case.parts
+
+    def _of_pass(self, case: Case) -> float:
         mesh = _mesh(case, self._accelerator.n_devices, 1)
         buffers = [self._accelerator.upload(x, REPLICATE, mesh) for x in case.tensors]
         try:
