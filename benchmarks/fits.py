@@ -41,7 +41,7 @@ from moai.runtime.measure import VARIABLE
 SHARE = 0.8  # of a device's memory that a plan may use, where the user says nothing else
 _DEVICES = 2
 _BUDGETS = 5  # that are tried with a model and batch
-_RANGE = (0.4, 1.1)  # of what is needed where nothing is spared
+_RANGE = (0.5, 1.1)  # of what is needed where nothing is spared
 # What trials are restricted to, in turn; without, matrices are mostly split, which leaves little else to choose.
 _ALLOWED = (Allowed(tp=1), Allowed())
 _LAVISH = Allowed(tp=1, micro=1, recompute=("none",), distribute_param=False)
