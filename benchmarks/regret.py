@@ -169,7 +169,7 @@ def figures_of(steps: Steps, devices: Sequence[Device], most: int | None) -> dic
             {"plan": str(plan), "measured": seconds, **{how: predicted[how][plan] for how in timings}}
             for plan, seconds in measured.items()
         ],
-        **{how: _summary(chosen[how], predicted[how], measured) for how in timings},
+        **{how: summary(chosen[how], predicted[how], measured) for how in timings},
     }
 
 
@@ -180,7 +180,8 @@ def _some(found: list[Plan], most: int | None) -> list[Plan]:
     return [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
 
 
-def _summary(chosen: Plan, predicted: Mapping[Plan, float], measured: Mapping[Plan, float]) -> dict[str, Any]:
+def summary(chosen: Plan, predicted: Mapping[Plan, float], measured: Mapping[Plan, float]) -> dict[str, Any]:
+    """The figures of one way to predict."""
     ratios = [predicted[plan] / seconds for plan, seconds in measured.items()]
     best = min(measured, key=measured.__getitem__)
     return {
