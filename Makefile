@@ -42,6 +42,8 @@ bench: install
 	$(PY) -m benchmarks.capture
 	$(PY) -m benchmarks.lowering
 	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.regret
+	$(PY) -m benchmarks.fits
 	$(PY) -m benchmarks.numerics
 	$(PY) -m benchmarks.compile_time
 	$(PY) -m benchmarks.peers

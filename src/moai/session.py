@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from moai.capture.values import Value
 from moai.device import backend, options
 from moai.device.storage import maker
 from moai.graph.placement import Mesh, Placement
-from moai.graph.step_graph import StepGraph, tokens
+from moai.graph.step_graph import StepGraph, has_backward, tokens
 from moai.lower import lower_cached
 from moai.lower.program import Program, Slot
 from moai.plan import parse
@@ -33,6 +33,7 @@ from moai.plan.errors import PlanError
 from moai.plan.nearest import lighter
 from moai.plan.options import Options
 from moai.plan.plan import Plan
+from moai.planning.planner import Planner
 from moai.platform import accelerators, admission, jobs, log, precision, tracebacks
 from moai.platform.admission import Lease
 from moai.platform.errors import StateError, memory_error
@@ -68,6 +69,13 @@ def _end_job(lease: Lease, peak_bytes: int, tokens_per_s: float | None) -> None:
         jobs.finish(lease.job_id, peak_bytes, tokens_per_s)
     except StateError as error:
         logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
+
+
+def _note_plan(lease: Lease, plan: Plan) -> None:
+    try:
+        jobs.planned(lease.job_id, plan.line)
+    except StateError as error:
+        logger.warning("The plan of job %d could not be noted: %s", lease.job_id, error)
 
 
 class Session:
@@ -106,8 +114,10 @@ class Session:
             )
         if self._accelerator is None:
             log.install()
-            log.requesting()
             self._options, self._chosen = self._choose_plan()  # now that the script's options are known
+            if self._chosen.allowed is not None:
+                log.planning()
+            log.requesting()
             self._lease = self._admit()
             try:
                 self._accelerator = self._connect()
@@ -127,8 +137,8 @@ class Session:
         if self._chosen.asked_for:
             logger.info("Configuration for parallelism is selected.")
             logger.info(self._chosen.plan.line)
-            for note in self._chosen.notes:
-                logger.info(note)
+        for note in self._chosen.notes:
+            logger.info(note)
 
     def _admit(self) -> Lease | None:
         """Waits for devices; None, and no waiting for others, where the state folder cannot be used."""
@@ -211,7 +221,7 @@ class Session:
     def _execute(self, segment: Segment) -> list[Buffer]:
         accelerator = self.acquire()
         given = tuple(None if v.buffer is None else v.buffer.placement for v in segment.inputs)
-        program = self._program(segment.graph, given)
+        program = self._program(segment.graph, given, lambda: self._other_bytes(segment))
         self._check_memory(program, segment)
         self._upload(program, segment)
         outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
@@ -219,19 +229,31 @@ class Session:
             self._speed.step(tokens(segment.graph))
         return outputs
 
-    def _program(self, graph: StepGraph, given: Given) -> Program:
+    def _program(self, graph: StepGraph, given: Given, taken: Callable[[], int]) -> Program:
+        """`taken`: bytes of a device that hold other things than the graph's inputs."""
         known = self._programs.setdefault(id(graph), [])
         # Compared, as hundreds of placements are mostly the very same objects, and hashing reads all of them.
         program = next((program for its, program in known if its == given), None)
         if program is None:
-            with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
-                program = self._lower(graph, given)
+            program = self._prepare(graph, given, taken)
             known.append((given, program))
             self._first_run = True  # the next wait may be long enough to be explained
             self._graphs.append(graph)
             for note in program.notes:
                 logger.info(note)
         return program
+
+    def _prepare(self, graph: StepGraph, given: Given, taken: Callable[[], int]) -> Program:
+        """A program for a graph that is new; its plan first, if it is the first one that trains."""
+        if self._chosen.allowed is not None and has_backward(graph):
+            planner = Planner(self.flavor, self._chosen.allowed, self._chosen.plan.precision)
+            planned = planner.choose(graph, given, taken())
+            self._chosen = ChosenPlan(planned.plan, f'The plan "{planned.plan}", which was chosen', True)
+            if self._lease is not None:
+                _note_plan(self._lease, planned.plan)
+            return planned.program
+        with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
+            return self._lower(graph, given)
 
     def _lower(self, graph: StepGraph, given: Given) -> Program:
         if options.current() != self._options:
@@ -248,11 +270,15 @@ class Session:
         resident = self.acquire().resident_bytes
         if program.peak_bytes + resident <= available:  # the inputs counted twice: enough, mostly
             return
-        inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
-        others = resident - sum(map(local_bytes, inputs.values()))
+        others = self._other_bytes(segment)
         if program.peak_bytes + others > available:
             other = self._fitting_plan(segment.graph, available - others)
             raise memory_error(program.peak_bytes + others, available, f'{parse.VARIABLE}="{other}"' if other else "")
+
+    def _other_bytes(self, segment: Segment) -> int:
+        """Bytes of a device that hold other things than the segment's inputs."""
+        inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
+        return self.acquire().resident_bytes - sum(map(local_bytes, inputs.values()))
 
     def _fitting_plan(self, graph: StepGraph, available: int) -> Plan | None:
         """The nearest plan under which a device needs at most `available` bytes for `graph`, if one is found soon."""

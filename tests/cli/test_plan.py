@@ -10,7 +10,7 @@ from moai.cli import app
 from moai.cli.plan import choosing, figures, page, report, schedule
 from moai.cli.plan.arguments import separated
 from moai.cli.plan.choosing import Chosen
-from moai.cli.plan.request import Target, budget, of, others
+from moai.cli.plan.request import Target, of, others
 from moai.dry.session import Captured
 from moai.graph.step_graph import StepGraph
 from moai.plan import cluster_file
@@ -20,6 +20,7 @@ from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Candidate, Choice
 from moai.plan.timings import Described
 from moai.plan.work import Memory
+from moai.planning.budget import budget
 from moai.profiling import store
 
 GIB = 2**30
@@ -127,7 +128,7 @@ def test_a_script_that_takes_no_step_is_refused_with_its_reason(refused):
 def test_a_plan_may_use_eighty_percent_of_a_device_or_what_the_variable_says():
     ratio = {"MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO": "70"}
     memory = CLUSTER.device.memory_bytes
-    assert (budget(CLUSTER, {}), budget(CLUSTER, ratio)) == (memory * 80 // 100, memory * 70 // 100)
+    assert (budget(memory, {}), budget(memory, ratio)) == (memory * 80 // 100, memory * 70 // 100)
 
 
 def test_other_sizes_are_the_flavors_of_the_hardware_and_multiples_beyond(cluster):
@@ -323,7 +324,7 @@ def test_what_is_set_is_kept(model, says):
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_needs(model, home, capsys):
     text = cluster_file.SHIPPED.joinpath("mi250.toml").read_text()
-    small = text.replace("memory_gib = 63.98", "memory_gib = 0.01").replace(
+    small = text.replace("memory_gib = 63.98", "memory_gib = 0.02").replace(
         "devices_per_node = 8", "devices_per_node = 1"
     )
     (home / "small.toml").write_text(small)

@@ -37,7 +37,9 @@ PLANS = [
     "tp=2,micro=2,recompute=full",
     "dp=2,recompute=default",
     "dp=2,distribute_param=true",
+    "dp=2,micro=4,distribute_param=true",
     "dp=2,distribute_param=true,distribute_low_prec_param=true,recompute=full",
+    "dp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,recompute=full",
     "dp=2,precision=bf16",
     "tp=2,micro=2,precision=bf16",
 ]

@@ -6,6 +6,7 @@ from moai.plan.choose import choose
 from moai.plan.errors import PlanError
 from moai.plan.options import Options
 from moai.plan.plan import Plan
+from moai.plan.space import Allowed
 
 
 def chosen(forced=None, bf16=False, **options):
@@ -17,24 +18,25 @@ def test_without_a_wish_the_devices_share_the_batch():
     assert (choice.plan, choice.asked_for, choice.notes) == (Plan(dp=4), False, ())
 
 
-def test_the_default_options_share_the_batch_too():
-    assert chosen(num_stages="auto").plan == Plan(dp=4)
-    assert chosen(num_stages="auto").asked_for
+def test_options_leave_the_plan_to_a_search_when_the_step_is_known():
+    choice = chosen(num_stages="auto")
+    assert (choice.plan, choice.allowed) == (Plan(dp=4), Allowed())
 
 
 @pytest.mark.parametrize(
-    ("options", "plan"),
+    ("options", "allowed"),
     [
-        ({"num_micro_batches": 8}, Plan(4, micro=8)),
-        ({"activation_recomputation": True}, Plan(4, recompute="full")),
-        ({"activation_recomputation": False}, Plan(4)),
-        ({"distribute_parameter": True}, Plan(4, distribute_param=True)),
-        ({"distribute_parameter": False}, Plan(4)),
-        ({"num_stages": 4}, Plan(4)),
+        ({"num_micro_batches": 8}, Allowed(micro=8)),
+        ({"activation_recomputation": True}, Allowed(recompute=("default", "full"))),
+        ({"activation_recomputation": False}, Allowed(recompute=("none",))),
+        ({"distribute_parameter": True}, Allowed(distribute_param=True)),
+        ({"distribute_parameter": False}, Allowed(distribute_param=False)),
+        ({"num_stages": 4}, Allowed(most_stages=4)),
+        ({"pipeline_parallel": False}, Allowed(most_stages=1)),
     ],
 )
-def test_each_option_restricts_the_plan(options, plan):
-    assert chosen(**options).plan == plan
+def test_each_option_restricts_the_search(options, allowed):
+    assert chosen(**options).allowed == allowed
 
 
 def test_mixed_precision_is_bf16_where_that_is_faster_and_the_log_says_so():

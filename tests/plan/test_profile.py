@@ -68,6 +68,11 @@ def test_a_disturbed_time_counts_as_the_next_larger_ones():
     assert Table(((1.0, 2.0, 3.0),), (5.0, 1.0, 2.0)).at(np.array([1.0])) == pytest.approx([1.0])
 
 
+def test_a_product_takes_no_longer_than_the_smaller_ones_that_it_is_made_of():
+    disturbed = Table(((8.0, 32.0), (8.0, 16.0)), (1.0, 2.0, 9.0, 7.0))
+    assert disturbed.evened().seconds == (1.0, 2.0, 4.0, 7.0)
+
+
 @given(grids())
 def test_a_profile_is_read_as_it_was_written(table):
     name = ("stream__add", "attention__forward__fp32", "matmul__bf16")[len(table.axes) - 1]

@@ -1,5 +1,6 @@
 """Measuring real workers, and keeping what was measured."""
 
+import dataclasses
 import json
 import logging
 
@@ -123,6 +124,21 @@ def test_an_operators_case_moves_the_bytes_that_it_is_kept_under(name):
     assert run_here(cases.operator(name, nbytes)) == pytest.approx(nbytes, rel=0.02)
 
 
+def test_a_case_in_turn_does_its_work_on_tensors_of_their_own():
+    once = cases.operator("native_layer_norm_backward", 1 << 16)
+    often = cases.in_turn(once, 3)
+    assert often.parts == 3 and len(often.tensors) == 3 * len(once.tensors)
+    made = [i for each in often.body for i in flat_ids(each.outs)]
+    assert len(set(made)) == len(made) and set(often.body[-1].frees) == set(made)
+    assert run_here(often) == pytest.approx(3 * run_here(once))
+
+
+def test_what_is_done_beside_is_not_counted(accelerator):
+    watch = Stopwatch(accelerator, runs=3)
+    case = cases.matmul(128, 128, 128, "fp32")
+    assert watch.of_case(dataclasses.replace(case, beside=case)) < 0.5 * watch.of_case(case)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_attentions_case_moves_the_bytes_that_it_is_kept_under(backward, precision):
@@ -132,7 +148,7 @@ def test_an_attentions_case_moves_the_bytes_that_it_is_kept_under(backward, prec
 
 def test_a_products_case_has_its_three_directions():
     case = cases.matmul(3, 5, 7, "fp32")
-    assert sum(each.op == "aten.mm.default" for each in case.body) == cases.PRODUCTS
+    assert sum(each.op == "aten.mm.default" for each in case.body) == case.parts
     run_here(case)
 
 

@@ -20,7 +20,7 @@ from moai.device import backend, options, owner
 from moai.device.storage import maker
 from moai.dry.joining import Part, joined
 from moai.dry.values import Nowhere, results
-from moai.graph.step_graph import StepGraph
+from moai.graph.step_graph import StepGraph, has_backward
 from moai.plan.options import Options
 
 # What a module brings with it stays readable up to this size: tables that decide what a forward pass does are small.
@@ -37,11 +37,6 @@ class Captured:
     graph: StepGraph
     batches: int
     options: Options | None
-
-
-def has_backward(graph: StepGraph) -> bool:
-    """Whether the segment holds a backward pass."""
-    return any(n.origin.phase == "backward" for n in graph.nodes)
 
 
 class DrySession:

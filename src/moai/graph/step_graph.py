@@ -183,6 +183,11 @@ def map_args(args: Any, fn: Callable[[Any], Any]) -> Any:
     return fn(args)
 
 
+def has_backward(graph: StepGraph) -> bool:
+    """Whether the segment holds a backward pass."""
+    return any(n.origin.phase == "backward" for n in graph.nodes)
+
+
 def tokens(graph: StepGraph) -> int:
     """Positions in a step's batch: entries of its largest input of integers with a batch and a sequence dim."""
     types = [graph.types[i.id] for i in graph.inputs if i.batch]

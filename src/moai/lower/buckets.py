@@ -3,15 +3,17 @@
 In: instructions in which every sum over devices, and every gathering of a state, is a collective of its own, placed
 where its result is first needed. Out: the same with collectives joined. A bucket of sums starts right behind its last
 term and is awaited right before its first use; a bucket of gathered states starts where the bucket before it is first
-used, so that at most two are under way. One that nothing can be joined to, and that is small, stays as it is.
+used, so that at most two are under way. So are two buckets of sums that are scattered, which are copied to be sent: a
+third one waits for the first. One that nothing can be joined to, that is small, and that is needed as soon as it is
+there, stays as it is.
 
 Terms of a large sum are written into the bucket's memory right where they are made, and become the sum in place.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,8 +36,13 @@ _LAYERS, _PIECES = 3, 2
 # A layer smaller than this is none.
 _MIN_LAYER = 16 << 10
 _SMALL = 4096
+# So many instructions take longer than a small message.
+_FAR = 32
 # A message of so many bytes is worth to be put together where its terms are made.
 _WORTH_IT = 1 << 20
+
+# Buckets of scattered sums that are under way together: while one is sent, the next is filled.
+_UNDER_WAY = 2
 
 _COPY = "aten.copy_.default"
 
@@ -61,13 +68,17 @@ class _Bucket:
     ready: int = -1
     due: int = 0
     bytes: int = 0
+    slack: int = 0  # the least that a member has by itself: what is done while it is under way
 
     def takes(self, member: _Timed) -> bool:
-        """Whether a sum can join without being late for anyone."""
+        """Whether a sum can join without being late for anyone, and without having all wait that would not."""
         fits = self.bytes + member.nbytes <= MAX_BYTES
-        return fits and max(self.ready, member.ready) < min(self.due, member.due)
+        slack = min(self.due, member.due) - max(self.ready, member.ready)
+        return fits and (slack >= _FAR or (slack > 0 and min(self.slack, member.due - member.ready) < _FAR))
 
     def join(self, member: _Timed) -> None:
+        slack = member.due - member.ready
+        self.slack = min(self.slack, slack) if self.members else slack
         self.due = min(self.due, member.due) if self.members else member.due
         self.ready = max(self.ready, member.ready)
         self.bytes += member.nbytes
@@ -118,19 +129,47 @@ def _joined(chosen: Sequence[Instruction], rest: Sequence[Instruction], values: 
     after: dict[int, list[Instruction]] = defaultdict(list)
     instead: dict[int, list[Instruction]] = {}
     readers = Counter(i for instruction in (*rest, *chosen) for i in uses(instruction))
+    added = {i.args[0].id: at for at, i in enumerate(rest) if i.op == "accumulate"}
+    under_way: deque[tuple[_Bucket, Instruction]] = deque()
     for bucket in buckets:
         start: Instruction | None
         if _is_written_in_place(bucket, readers, values):
             start, wait = _written_in_place(bucket, rest, before, instead, values)
         else:
             start, wait = _emitted(bucket, values)
+        if start is None or start.op != "reduce_scatter_start":
+            before[bucket.due].append(wait)
+        else:
+            if len(under_way) == _UNDER_WAY:
+                earlier, its_wait = under_way.popleft()
+                if earlier.due <= bucket.ready:
+                    before[earlier.due].append(its_wait)
+                else:
+                    after[bucket.ready] += _with_additions(its_wait, rest, added, instead)
+            under_way.append((bucket, wait))
         if start is not None:
             after[bucket.ready].append(start)
+    for bucket, wait in under_way:
         before[bucket.due].append(wait)
     out = list(after[-1])
     for at, instruction in enumerate(rest):
         out += (*before[at], *instead.get(at, (instruction,)), *after[at])
     return out + before[len(rest)]
+
+
+def _with_additions(
+    wait: Instruction,
+    rest: Sequence[Instruction],
+    added: Mapping[int, int],
+    instead: dict[int, list[Instruction]],
+) -> list[Instruction]:
+    """`wait`, and what adds its results up over passes: these would else be held until the end of the pass. `added`:
+    where that is done, by value."""
+    found = [wait]
+    for at in (added[o] for o in wait.outs if o in added):
+        found.append(rest[at])
+        instead[at] = []
+    return found
 
 
 def _is_written_in_place(bucket: _Bucket, readers: Counter[int], values: Values) -> bool:
@@ -159,15 +198,19 @@ def _written_in_place(
     where = members[-1].where
     shapes = tuple(values.local_shape(o) for o in sums)
     memory = Instruction("bucket", (shapes, values.types[sums[0]].dtype), {}, sums, (), shapes, where)
-    before[min(m.ready for m in bucket.members)].append(memory)
+    # A loss is there before large gradients are: it waits for the memory, and not the other way round.
+    large = [m.ready for m in bucket.members if values.types[m.instruction.outs].numel > _SMALL]
+    begin = min(large, default=min(m.ready for m in bucket.members))
+    before[begin].append(memory)
     for timed in bucket.members:
-        made = instead.setdefault(timed.ready, [rest[timed.ready]])
+        written = max(timed.ready, begin)
+        made = instead.setdefault(written, [rest[written]])
         term, target = timed.instruction.args[0].id, Ref(timed.instruction.outs)
-        (at,) = [k for k, i in enumerate(made) if term in flat_ids(i.outs)]
-        source = made[at]
-        if source.op == "aten.mm.default":
+        at = next((k for k, i in enumerate(made) if term in flat_ids(i.outs)), None)
+        source = rest[timed.ready] if at is None else made[at]
+        if at is not None and source.op == "aten.mm.default":
             made[at] = replace(source, op="aten.mm.out", kwargs={"out": target}, outs=None, shapes=())
-        elif source.op == "aten._to_copy.default":
+        elif at is not None and source.op == "aten._to_copy.default":
             made[at] = Instruction(_COPY, (target, source.args[0]), {}, None, (), (), source.where)
         else:
             made.append(Instruction(_COPY, (target, Ref(term)), {}, None, (), (), source.where))
@@ -183,7 +226,7 @@ def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
     begins, _ = _layers(ordered, values)
     total = sum(s.nbytes for s in sums)
     enough = MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), MAX_BYTES)
-    return _cut(ordered, values, begins, _WHOLE_BYTES, enough)
+    return sorted(_cut(ordered, values, begins, _WHOLE_BYTES, enough), key=lambda bucket: bucket.ready)
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
@@ -231,7 +274,7 @@ def _emitted(bucket: _Bucket, values: Values) -> tuple[Instruction | None, Instr
     """The instruction that starts the bucket's collective (None: it needs no start), and the one with the results."""
     members = [m.instruction for m in bucket.members]
     first, where = members[0], members[-1].where
-    if len(members) == 1 and values.types[first.outs].numel <= _SMALL:
+    if len(members) == 1 and values.types[first.outs].numel <= _SMALL and bucket.due - bucket.ready < _FAR:
         return None, first
     handle = values.new()
     terms = tuple(Ref(m.args[0].id) for m in members)

@@ -22,6 +22,7 @@ from moai.lower.canonical import canonical
 from moai.lower.check import check
 from moai.lower.cleanup import uses, without_dead, without_repetitions
 from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
+from moai.lower.dropped import with_own_views
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
@@ -34,6 +35,7 @@ from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
 from moai.lower.regions import gathered
+from moai.lower.small_sums import under_way
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.unhindered import without_collections
 from moai.lower.validate import validate
@@ -116,6 +118,8 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
     once = len(types)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
+    if plan.distribute_low_prec_param:
+        nodes, types = with_own_views(nodes, types, graph.inputs)
     twice = range(once, len(types))
     values = Values(types, mesh)
     if plan.tp > 1:
@@ -131,6 +135,8 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> 
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
     code = in_loops(code, outputs, placer.remade, values)
+    states = [id_ for id_, out in zip(outputs, graph.outputs, strict=True) if out.replaces is not None]
+    code = under_way(code, states, values)
     code = bucketed(code, values, placer.stored)
     code = gathered(code, outputs, values)
     donated = _donated(graph)

@@ -10,6 +10,7 @@ the loop is made (`loops`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -34,16 +35,21 @@ def without_time(shard: Shard, mesh: Mesh) -> Shard | None:
     return Shard(shard.dim, shard.axes[:-1], joined(shard.sizes, len(shard.sizes) // mesh.steps), shard.blocks)
 
 
-def next_placement(now: Placement, wanted: Placement, mesh: Mesh) -> Placement:
-    """The placement to make next. `now` and `wanted` differ, and no axis is to become partial."""
+def next_placement(now: Placement, wanted: Placement, mesh: Mesh, in_passes: Collection[str] = ()) -> Placement:
+    """The placement to make next. `now` and `wanted` differ, and no axis is to become partial.
+
+    `in_passes`: axes over which a pass scatters its own terms. What is added up over passes is then parts alone.
+    """
     assert set(wanted.partial) <= set(now.partial), f"{now} cannot become {wanted}"
     open_ = [a for a in now.partial if a not in wanted.partial]
-    if TIME in open_:
-        return replace(now, partial=tuple(a for a in now.partial if a != TIME))
     for axis in open_:
         shard = wanted.shard_of(axis)
+        if TIME in open_ and axis not in in_passes:
+            continue
         if shard is not None and shard.axes == (axis,) and all(s.dim != shard.dim for s in now.shards):
             return _with(now, shard, partial=tuple(a for a in now.partial if a != axis))
+    if TIME in open_:
+        return replace(now, partial=tuple(a for a in now.partial if a != TIME))
     if open_:
         return replace(now, partial=tuple(a for a in now.partial if a not in open_))
     for shard in wanted.shards:

@@ -80,6 +80,8 @@ class Placer:
         self._wishes = wishes
         self._gradients = gradients
         self._uses = uses
+        # Where no device is to hold weights as a whole, none adds up whole gradients either.
+        self._in_passes = frozenset((plan.shard_axis,) if plan.distribute_low_prec_param else ())
         self._batch_axes = tuple(a for a in plan.batch_axes if a in values.mesh.sizes)
         self._elsewhere: dict[
             tuple[int, Placement, Hashable], int
@@ -117,7 +119,7 @@ class Placer:
         made = self._made_in_part(id_, wanted)
         found = id_
         while made is None and self._at(found) != wanted:
-            step = next_placement(self._at(found), wanted, self._values.mesh)
+            step = next_placement(self._at(found), wanted, self._values.mesh, self._in_passes)
             key = (id_, step, use)
             if key not in self._elsewhere:
                 self._elsewhere[key], code = moved(self._values, found, step, origin.where)
@@ -139,12 +141,19 @@ class Placer:
         """The value that stands for `id_` in `node`: gathered, if it is a sharded state, or one micro-batch of it."""
         id_ = self.settled(id_)
         if node.origin.phase == "optimizer":
-            return id_
+            return self._begun_in_part(id_, node.origin)
         if id_ in self.stored:
             return id_ if node.op in _CASTS else self._gathered(id_, node.origin)
         if TIME in self._batch_axes and id_ in self._samples:
             return self._in_micro_batches(id_, node.origin)
         return id_
+
+    def _begun_in_part(self, id_: int, origin: Origin) -> int:
+        """The zeros that a first step's new states begin with, as the parts that these will be."""
+        shards = self._wishes.get(id_, ())
+        if id_ not in self._constants or not shards or self._at(id_) != REPLICATE:
+            return id_
+        return self.placed(id_, Placement(shards), origin)
 
     def _gathered(self, id_: int, origin: Origin) -> int:
         """A state as the layers use it; where it is dropped after use, the backward gathers it anew."""
@@ -350,9 +359,9 @@ class Placer:
         results = [call.outputs[k] for k in lane.outputs]
         both = [*own, *shared]
         stays = self._stays_partial(call.op, [self._values.type(i) for i in both], results, both)
-        stays = tuple(a for a in stays if a != TIME)  # a list is either of one micro-batch or of all
+        if TIME in stays:  # a list is either of one micro-batch or of all
+            stays = tuple(a for a in stays if a != TIME and a not in self._in_passes)
         own = [self._summed(i, stays, origin) for i in own]
-        own = self._begun_in_part(own, [flat_ids(call.node.outs)[k] for k in lane.outputs], origin)
         dims = lane.dims(types, results)
         splits = () if dims is None else choose(dims, types, results, [self._at(i) for i in own])
         if dims is None or not splits:
@@ -366,15 +375,6 @@ class Placer:
             self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
             for i, f in zip(own, dims.inputs, strict=True)
         ]
-
-    def _begun_in_part(self, own: list[int], outs: Sequence[int], origin: Origin) -> list[int]:
-        """Where a lane is made from numbers alone, as an optimizer's first states are: in the parts that its
-        results are wanted in, since no device has room for the whole of all states."""
-        wanted = next((w for i in outs for w in (self._wishes.get(i), self._gradients.get(i)) if w), None)
-        if wanted is None or not all(i in self._constants for i in own):
-            return own
-        shape = self._values.type(outs[0]).shape
-        return [self.placed(i, Placement(wanted), origin) if self._values.type(i).shape == shape else i for i in own]
 
     def _dense(self, id_: int, origin: Origin) -> int:
         """Value `id_` in memory of its own order: kernels of fused optimizers walk through it from end to end."""

@@ -35,7 +35,8 @@ _UNITS = 3
 @dataclass(frozen=True)
 class _Known:
     """A program, with what is known of its values, and which inputs are data. `begins`: of backward and optimizer.
-    `fresh`: bytes of states that this step makes and the next finds."""
+    `fresh`: bytes of states that this step makes and the next finds; `coming`: what of them is not made yet when each
+    instruction ends, and behind the last one."""
 
     program: Program
     types: Mapping[int, TensorType]
@@ -43,14 +44,15 @@ class _Known:
     batch: frozenset[int]
     begins: tuple[int, int]
     fresh: int
+    coming: Sequence[int]
 
     @staticmethod
     def of(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> _Known:
         found = lowered(graph, plan, given)
         batch = [slot.id for slot, each in zip(found.program.inputs, graph.inputs, strict=True) if each.batch]
         program, phases = found.program, found.phases
-        fresh = _fresh_states(graph, phases, program)
-        return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh)
+        fresh, coming = _fresh_states(graph, phases, program)
+        return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh, coming)
 
 
 @without_collections()
@@ -88,10 +90,14 @@ def _held(known: _Known) -> Held:
     cuts = [0, backward // 2, backward, (backward + optimizer) // 2, optimizer, len(by_place)]
     rows = []
     for begin, end in itertools.pairwise(cuts):
-        held = [(level, at, later) for at in range(begin, end) for later, level in enumerate(by_place[at])]
+        held = [
+            (level + known.coming[at], at, later)
+            for at in range(begin, end)
+            for later, level in enumerate(by_place[at])
+        ]
         level, at, later = max(held, default=(0, 0, 0))
         # In a later pass, all gradients are there.
-        rows.append((level + (known.fresh if begin < optimizer else 0), made[ends[at] if later else at]))
+        rows.append((level, made[ends[at] if later else at]))
     held_most, gradients = np.array(rows, dtype=np.float64).T
     return Held(held_most, gradients, parameters, states + known.fresh, before)
 
@@ -107,11 +113,20 @@ def _loop_ends(program: Program) -> list[int]:
     return found
 
 
-def _fresh_states(graph: StepGraph, phases: Mapping[int, str], program: Program) -> int:
-    """Bytes of what the optimizer makes and keeps. A first step makes the states that all later ones find, and it is
-    those that have to fit."""
-    made = [s for s, o in zip(program.outputs, graph.outputs, strict=True) if _is_fresh(o, phases)]
-    return sum(largest_part(s.type, s.placement) for s in made)
+def _fresh_states(graph: StepGraph, phases: Mapping[int, str], program: Program) -> tuple[int, list[int]]:
+    """`fresh` and `coming` of `_Known`. A first step makes the states that all later ones find, and it is those that
+    have to fit: as if the states were there before they are made."""
+    made = {
+        s.id: largest_part(s.type, s.placement)
+        for s, o in zip(program.outputs, graph.outputs, strict=True)
+        if _is_fresh(o, phases)
+    }
+    fresh = left = sum(made.values())
+    coming = []
+    for instruction in program.instructions:
+        left -= sum(made.get(out, 0) for out in flat_ids(instruction.outs))
+        coming.append(left)
+    return fresh, [*coming, left]
 
 
 def _is_fresh(output: Output, phases: Mapping[int, str]) -> bool:

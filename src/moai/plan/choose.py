@@ -1,7 +1,7 @@
 """Which plan a process runs.
 
-In: the text of MOAI_PLAN, the script's options, the accelerator. Out: a `ChosenPlan`. MOAI_PLAN wins; without either
-the batch is shared by all devices.
+In: the text of MOAI_PLAN, the script's options, the accelerator. Out: a `ChosenPlan`. MOAI_PLAN wins; options have a
+plan searched for when the first training step is known; without either the batch is shared by all devices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from moai.plan.options import Options
 from moai.plan.parse import VARIABLE, parse
-from moai.plan.plan import Plan
+from moai.plan.plan import Plan, Precision
+from moai.plan.space import Allowed
 
 _OPTIONS = "torch.moreh.option"
 
@@ -19,12 +20,13 @@ _OPTIONS = "torch.moreh.option"
 @dataclass(frozen=True, slots=True)
 class ChosenPlan:
     """A plan. `origin`: who asked for it, in words for an error; `asked_for`: whether anybody did; `notes`: lines that
-    the log should have beside the plan."""
+    the log should have beside the plan; `allowed`: what the script leaves to a search, until whose end `plan` holds."""
 
     plan: Plan
     origin: str
     asked_for: bool
     notes: tuple[str, ...] = ()
+    allowed: Allowed | None = None
 
 
 def choose(
@@ -40,23 +42,15 @@ def choose(
         plan = parse(forced, n_devices)
         notes = () if options is None else _ignored(plan, options, bf16_is_faster)
         return ChosenPlan(plan, f'{VARIABLE}="{forced}"', True, notes)
+    plan = Plan(dp=n_devices, precision=_precision(options, bf16_is_faster))
     if options is None:
-        plan = Plan(dp=n_devices)
         return ChosenPlan(plan, f'The plan "{plan}"', False)
-    plan = _of_options(options, n_devices, bf16_is_faster)
-    return ChosenPlan(plan, f'The plan "{plan}" of {_OPTIONS}', True, _on_precision(plan, options))
+    notes = _on_precision(plan, options)
+    return ChosenPlan(plan, f'The plan "{plan}" of {_OPTIONS}', False, notes, Allowed.by(options))
 
 
-def _of_options(options: Options, n_devices: int, bf16_is_faster: Callable[[], bool]) -> Plan:
-    """'auto' is Plan's default. Recomputation without a level is all of it, the one that surely saves memory; there are
-    no stages yet, which every number of stages allows, since it is the largest."""
-    return Plan(
-        dp=n_devices,
-        micro=1 if options.num_micro_batches == "auto" else options.num_micro_batches,
-        recompute="full" if options.activation_recomputation is True else "none",
-        distribute_param=options.distribute_parameter is True,
-        precision="bf16" if options.mixed_precision and bf16_is_faster() else None,
-    )
+def _precision(options: Options | None, bf16_is_faster: Callable[[], bool]) -> Precision | None:
+    return "bf16" if options is not None and options.mixed_precision and bf16_is_faster() else None
 
 
 def _on_precision(plan: Plan, options: Options) -> tuple[str, ...]:
@@ -69,14 +63,12 @@ def _on_precision(plan: Plan, options: Options) -> tuple[str, ...]:
 
 def _ignored(plan: Plan, options: Options, bf16_is_faster: Callable[[], bool]) -> tuple[str, ...]:
     """One line that names the options which say something else than the forced `plan`."""
-    wanted = _of_options(options, plan.n_devices, bf16_is_faster)
+    again, spread, micro = options.activation_recomputation, options.distribute_parameter, options.num_micro_batches
     said = {
-        "num_micro_batches": options.num_micro_batches != "auto" and wanted.micro != plan.micro,
-        "activation_recomputation": options.activation_recomputation != "auto"
-        and (wanted.recompute == "none") != (plan.recompute == "none"),
-        "distribute_parameter": options.distribute_parameter != "auto"
-        and wanted.distribute_param != plan.distribute_param,
-        "mixed_precision": (wanted.precision == "bf16") != (plan.precision == "bf16"),
+        "num_micro_batches": micro not in ("auto", plan.micro),
+        "activation_recomputation": again not in ("auto", plan.recompute != "none"),
+        "distribute_parameter": spread not in ("auto", plan.distribute_param),
+        "mixed_precision": (_precision(options, bf16_is_faster) == "bf16") != (plan.precision == "bf16"),
     }
     names = [f"{name}={getattr(options, name)}" for name, contradicts in said.items() if contradicts]
     return (f"{VARIABLE} is followed, and not what the script asks for: {', '.join(names)}.",) if names else ()

@@ -30,6 +30,13 @@ from moai.plan.work import AXES, KINDS, MESSAGES, PHASES, Memory, Sample, Task, 
 # The p of the soft maximum of host and device: at equal times a phase takes 1.19 times as long as either.
 SOFTNESS = 4.0
 
+# Plans whose predicted times differ by less than this share are not told apart: of them the one with the fewest stages
+# is the safer choice, since a bubble has the errors of all stages in it.
+INDISTINCT = 0.02
+
+# Of the host, for a message to the next stage: to send, to receive, and to wait for either.
+_CALLS_OF_A_HOP = 4
+
 # Columns of a ledger: seconds of a device's lanes in one phase, and of its host.
 _COMPUTE, _RECOMPUTE, _TP, _DP, _PP, _SLOWDOWN, _HOST = range(7)
 _COLUMNS = 7
@@ -243,8 +250,9 @@ def _hops(sample: Sample, plan: Plan, timings: Timings, groups: Mapping[str, Gro
     several chunks a stage computes another one meanwhile."""
     ledger = np.zeros((2, 2, len(PHASES), _COLUMNS))
     if plan.pp > 1 and sample.handed:
-        task = Task("send", "forward", message=sample.handed, axis="pp", launches=0)
+        task = Task("send", "forward", message=sample.handed, axis="pp")
         seconds = float(timings.durations(Work.of([task], Memory(), 1.0), groups)[0])
+        ledger[0, 1, :_OPTIMIZER, _HOST] = interleave * _CALLS_OF_A_HOP * timings.host_s_per_launch
         if interleave == 1:
             ledger[0, 1, :_OPTIMIZER, _PP] = seconds
         else:

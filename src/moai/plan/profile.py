@@ -5,7 +5,8 @@ any, those of the cluster's description elsewhere.
 
 Between measured sizes, logarithms are interpolated; above them time grows as the size does, below them it stays. A
 larger size is never said to take less: what was disturbed while it was measured can only have become slower, so that
-each point counts as the fastest of those that are at least as large.
+each point counts as the fastest of those that are at least as large. Nor is a matrix product said to take longer than
+the smaller ones that it could be made of.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ class Table:
     def points(self) -> Iterator[tuple[tuple[float, ...], float]]:
         """Each point with its seconds."""
         return zip(itertools.product(*self.axes), self.seconds, strict=True)
+
+    def evened(self) -> Table:
+        """With no size taking longer than as many smaller ones that make it up, as products do: what was disturbed can
+        only have become slower."""
+        shape = [len(axis) for axis in self.axes]
+        grid = np.array(self.seconds).reshape(shape)
+        for dim, axis in enumerate(self.axes):
+            moved = np.moveaxis(grid, dim, 0)
+            for at in range(1, len(axis)):
+                moved[at] = np.minimum(moved[at], moved[at - 1] * (axis[at] / axis[at - 1]))
+        return Table(self.axes, tuple(grid.flatten().tolist()))
 
     @cached_property
     def logs(self) -> np.ndarray:
@@ -143,13 +155,13 @@ class Profiled:
     """Timings from a profile, and from the description of the cluster for what the profile lacks."""
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
-        self._tables = profile.tables
+        self._tables = {n: t.evened() if n.startswith("matmul") else t for n, t in profile.tables.items()}
         self._described = Described(cluster)
         # A CPU worker computes in the thread that calls: its operators' times have the calls in them.
         self._call_s = profile.call_s
         self.host_s_per_launch = profile.call_s if profile.hardware.kind == "cuda" else 0.0
         self.overlap_slowdown = profile.overlap_slowdown
-        self._stream_bytes, self._stream_logs = _stacked(profile.tables)
+        self._stream_bytes, self._stream_logs = _stacked(self._tables)
 
     def durations(self, work: Work, groups: Mapping[str, Group]) -> np.ndarray:
         """Seconds of each task; see `Timings`."""

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from moai.plan.cluster import Cluster
-from moai.plan.cost import Prediction, predict
+from moai.plan.cost import INDISTINCT, Prediction, predict
 from moai.plan.errors import PlanError
 from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
@@ -93,9 +94,17 @@ def search(
     candidates = asked.run(progress)
     taken = [c for c in candidates if c.dropped is None and c.runnable]
     if not taken:
-        raise NoPlan(_reason(candidates, allowed, budget_bytes), candidates)
+        raise NoPlan(_reason(candidates, asked.lightest(), budget_bytes), candidates)
     seconds = time.monotonic() - begin
-    return Choice(taken[0], tuple(candidates), cluster, budget_bytes, step.batch, step.tokens, seconds)
+    return Choice(_safest(taken), tuple(candidates), cluster, budget_bytes, step.batch, step.tokens, seconds)
+
+
+def _safest(fitting: Sequence[Candidate]) -> Candidate:
+    """Of the plans that are about as fast as the first, the one with the fewest stages, and of these the one in which
+    the most devices share the batch: the less is sent, the less can be predicted wrongly."""
+    seconds = [c.prediction.step_s for c in fitting if c.prediction is not None]
+    alike = [c for c, s in zip(fitting, seconds, strict=True) if s <= seconds[0] * (1 + INDISTINCT)]
+    return min(alike, key=lambda c: (c.plan.pp, -c.plan.dp))
 
 
 class _Search:
@@ -123,6 +132,19 @@ class _Search:
                     if plan.recompute == level:
                         self._consider(plan, bound)
         return sorted(self._found, key=_order)
+
+    def lightest(self) -> tuple[Plan, float] | None:
+        """The plan that needs the least memory of a device, and how many bytes that is: of those with the most
+        micro-batches, the one that keeps the least."""
+        most: dict[tuple[int, int], Plan] = {}
+        for layout in sorted(self._layouts, key=lambda each: each.micro):
+            if layout.pp == 1 and (allowed := list(self._variants(layout))):
+                most[layout.dp, layout.tp] = allowed[-1]
+        found = []
+        for plan in most.values():
+            with suppress(PlanError, RuntimeError, ValueError):
+                found.append((plan, self._predicted(plan).memory.total))
+        return min(found, key=lambda each: each[1], default=None)
 
     def _variants(self, layout: Plan) -> Iterator[Plan]:
         return (plan for plan in variants(layout) if self._allowed.allows(plan))
@@ -175,6 +197,9 @@ class _Search:
         family = self._families.setdefault(_structure(plan), Family(self._step.observe, self._step.batch))
         return family.sample(plan)
 
+    def _predicted(self, plan: Plan) -> Prediction:
+        return self._timed(self._sample(plan), plan)
+
     def _known(self, plan: Plan) -> Sample | None:
         family = self._families.get(_structure(replace(plan, pp=1)))
         return None if family is None else family.known(replace(plan, pp=1))
@@ -200,11 +225,10 @@ class _Search:
         lighter = self._without_need(plan)
         if lighter is not None:
             return Candidate(plan, None, f'slower than "{lighter}", which fits', runnable)
-        sample = self._known(plan)
-        if sample is None and not runnable:
+        if not runnable and self._known(plan) is None:
             return Candidate(plan, None, f"cannot be run yet: {least_s:.3g} s or more", runnable)
         try:
-            prediction = self._timed(self._sample(plan) if sample is None else sample, plan)
+            prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
             return Candidate(plan, None, error.reason if isinstance(error, PlanError) else str(error), runnable)
         self._note(plan, prediction)
@@ -248,12 +272,11 @@ class _Bound:
 
     def least_bytes(self, plan: Plan) -> float:
         """What a device holds at least. Spreading leaves activations as they are; and gradients are as large as
-        parameters when the last of them is made: whole ones, where micro-batches add to them."""
+        parameters when the last of them is made."""
         spread = plan.dp if plan.distribute_param else 1
         stored = (self.memory.parameters + self.memory.states) / spread
         activations = self.memory.activations if plan.recompute == "none" else self.kept
-        gradients = self.memory.parameters / (1 if plan.micro > 1 and plan.pp == 1 else spread)
-        return stored + max(activations, gradients)
+        return stored + max(activations, self.memory.parameters / spread)
 
 
 def _shared(sample: Sample, among: int) -> Sample:
@@ -306,19 +329,17 @@ def _order(candidate: Candidate) -> tuple[object, ...]:
     return candidate.dropped is not None, seconds, len(str(candidate.plan)), str(candidate.plan)
 
 
-def _reason(candidates: Sequence[Candidate], allowed: Allowed, budget_bytes: int) -> str:
+def _reason(candidates: Sequence[Candidate], lightest: tuple[Plan, float] | None, budget_bytes: int) -> str:
     runnable = [c for c in candidates if c.runnable]
     if not runnable:
-        return "Nothing that is allowed can be run on these devices" if candidates else "Nothing is allowed"
-    known = [c for c in runnable if c.prediction is not None]
-    if not known:
+        return "Nothing that is allowed can be run on these devices"
+    if lightest is None:
         return runnable[0].dropped or ""
-    least = min(known, key=lambda c: c.prediction.memory.total if c.prediction else 0.0)
-    assert least.prediction is not None
-    return (
-        f'No plan fits: "{least.plan}" needs the least memory, {_size(least.prediction.memory.total)} a device; '
-        f"{_size(budget_bytes)} of it may be used"
-    )
+    plan, nbytes = lightest
+    if nbytes <= budget_bytes:  # the others were dropped for other reasons
+        return next((c.dropped for c in runnable if c.dropped), "")
+    usable = f"of which {_size(budget_bytes)} may be used"
+    return f'No plan fits: "{plan}" needs the least memory, {_size(nbytes)} a device, {usable}'
 
 
 def _size(nbytes: float) -> str:

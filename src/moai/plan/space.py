@@ -57,7 +57,9 @@ class Allowed:
 
 def layouts(n_devices: int, batch: int, precision: Precision | None = None) -> Iterator[Plan]:
     """Every way to lay a step of `batch` samples out on the devices: parts of equal size, or one part a device, and
-    with stages as many micro-batches as there are stages or more."""
+    with stages as many micro-batches as there are stages or more. A step without samples is done by every device."""
+    if not batch:
+        yield Plan(dp=n_devices, precision=precision)
     for pp, tp in product(_divisors(n_devices), repeat=2):
         if n_devices % (pp * tp):
             continue
@@ -74,6 +76,11 @@ def variants(layout: Plan) -> Iterator[Plan]:
     """The layout with every kind of sharding and recomputation. What keeps more comes first."""
     for (spread, low), level in product(SHARDING if layout.dp > 1 else SHARDING[:1], RECOMPUTE):
         yield replace(layout, recompute=level, distribute_param=spread, distribute_low_prec_param=low)
+
+
+def plans(n_devices: int, batch: int) -> Iterator[Plan]:
+    """All of them."""
+    return (plan for layout in layouts(n_devices, batch) for plan in variants(layout))
 
 
 def _divisors(n: int) -> list[int]:

@@ -25,17 +25,21 @@ from moai.plan.work import AXES, KINDS, MESSAGES, PRECISIONS, Work
 
 # What is taken where a cluster says nothing else: round figures that hold for accelerators of several makers.
 GENERIC: dict[str, Constant] = {
-    "matmul": Constant(0.80, "assumed", 0.3, 1.0, "share of the peak that large matrix products reach"),
+    "matmul": Constant(0.70, "assumed", 0.3, 1.0, "share of the peak that large matrix products reach"),
+    "matmul_fp8": Constant(0.68, "assumed", 0.3, 1.0, "the same in fp8, whose peak power allows less often"),
+    "matmul_fp4": Constant(0.50, "assumed", 0.2, 1.0, "the same in fp4"),
     "wave": Constant(5e5, "assumed", 0.0, 4e6, "results a matrix product idles for at its last wave of tiles"),
     "ramp": Constant(64.0, "assumed", 0.0, 1024.0, "inner products a tile idles for at its begin and end"),
-    "attention": Constant(0.60, "assumed", 0.1, 1.0, "share of the peak that fused attention reaches"),
-    "stream": Constant(0.80, "assumed", 0.3, 1.0, "share of the memory's bandwidth that an operator reaches"),
+    "attention": Constant(0.45, "assumed", 0.1, 1.0, "share of the peak that fused attention reaches"),
+    "stream": Constant(0.70, "assumed", 0.3, 1.0, "share of the memory's bandwidth that an operator reaches"),
     "kernel_s": Constant(2e-6, "assumed", 0.0, 2e-5, "seconds to begin and end a kernel on the device"),
-    "inside": Constant(0.75, "assumed", 0.3, 1.0, "share of the link inside a node that a collective reaches"),
+    "inside": Constant(0.70, "assumed", 0.3, 1.0, "share of the link inside a node that a collective reaches"),
     "between": Constant(0.75, "assumed", 0.3, 1.0, "share of the link between nodes that a collective reaches"),
+    "message_s": Constant(1e-5, "assumed", 0.0, 1e-4, "seconds to begin and end a message between devices"),
     "launch_s": Constant(6e-6, "assumed", 0.0, 1e-4, "seconds of the host for one call"),
     "overlap_slowdown": Constant(1 / 3, "assumed", 0.0, 1.0, "of overlapped messages' time, lost by computing"),
 }
+_MATMULS = {"fp8": "matmul_fp8", "fp4": "matmul_fp4"}
 _WIDER = {"fp4": "fp8", "fp8": "bf16", "fp16": "bf16", "bf16": "fp32", "fp32": "fp64"}
 _FIRST_MESSAGE = KINDS.index(MESSAGES[0])
 _MATMUL, _ATTENTION = KINDS.index("matmul"), KINDS.index("attention")
@@ -100,9 +104,8 @@ class Described:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        known, usual = cluster.constants, self.constant("matmul")
         self._rates = _rates(cluster.device)
-        self._reached = np.array([known[f"matmul_{p}"].value if f"matmul_{p}" in known else usual for p in PRECISIONS])
+        self._reached = np.array([self.constant(_MATMULS.get(p, "matmul")) for p in PRECISIONS])
         self._links = (
             Link(cluster.inside.bandwidth * self.constant("inside"), cluster.inside.latency_s),
             Link(cluster.between.bandwidth * self.constant("between"), cluster.between.latency_s),
@@ -139,6 +142,9 @@ class Described:
         """Seconds of messages of so many bytes in all, within a group."""
         if group.size == 1:
             return np.zeros_like(message)
+        return self.constant("message_s") + self._passing_s(kind, message, group)
+
+    def _passing_s(self, kind: str, message: np.ndarray, group: Group) -> np.ndarray:
         inside, between = self._links
         crossing = group.nodes > 1
         if kind == "send":

@@ -27,7 +27,7 @@ OPERATORS = (
     "", "add", "mul", "div", "pow", "exp", "rsqrt", "tanh", "gelu", "gelu_backward", "silu", "silu_backward", "sum",
     "mean", "where", "clone", "_to_copy", "cat", "embedding", "embedding_dense_backward", "native_layer_norm",
     "native_layer_norm_backward", "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
-    "_fused_adamw",
+    "_fused_adamw", "_safe_softmax", "tanh_backward", "native_dropout_backward", "random",
 )  # fmt: skip
 
 

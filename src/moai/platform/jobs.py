@@ -57,6 +57,12 @@ def history(environ: Mapping[str, str] = os.environ) -> tuple[Job, ...]:
     return tuple(map(_job, rows))
 
 
+def planned(job_id: int, plan: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Note the plan that was chosen for a job. Raises StateError."""
+    with state.transaction(environ) as db:
+        db.execute("UPDATE jobs SET plan = ? WHERE id = ?", (plan, job_id))
+
+
 def finish(
     job_id: int, peak_bytes: int, tokens_per_s: float | None = None, environ: Mapping[str, str] = os.environ
 ) -> None:

@@ -61,6 +61,11 @@ def install() -> None:
         logger.setLevel(logging.INFO)
 
 
+def planning() -> None:
+    """A plan will be chosen, from what is known of the hardware."""
+    logger.info("Got DBs from backend for auto config.")
+
+
 def requesting() -> None:
     logger.info("Requesting resources for %s from the server...", display_name())
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from moai.graph.step_graph import Ref
+from moai.graph.step_graph import Ref, map_args
 from moai.lower.program import Instruction
 from moai.profiling.stopwatch import Case, calls
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRODUCTS = 3  # that a case of `matmul` has
 _WIDTH = 512  # of the rows that operators work on
 _HEAD = 64
+_BEFORE = 256  # length of the matrices that devices multiply before a message
 _F32 = torch.float32
 
 # value ids of results; inputs have the first ones
 _A, _B, _C, _D = range(100, 104)
+_MOST_IDS = 110
 
 
 def call(op: str, *args: Any, outs: Any = None, **kwargs: Any) -> Instruction:
@@ -44,7 +45,7 @@ def matmul(m: int, n: int, k: int, precision: str) -> Case:
         call("t", Ref(3), outs=_D),
         call("mm", Ref(_D), Ref(1), outs=_D + 1),
     )
-    return Case(tensors, body)
+    return Case(tensors, body, parts=3)
 
 
 def attention(sequence: int, rows: int, precision: str, backward: bool) -> Case:
@@ -81,6 +82,30 @@ def operator(name: str, nbytes: float) -> Case:
     """The operator `name` of `work.OPERATORS`, moving about `nbytes` bytes."""
     known = _OPERATORS[name]
     return known.case(max(1, round(nbytes / (known.tensors * _WIDTH * _F32.itemsize))))
+
+
+def in_turn(case: Case, times: int) -> Case:
+    """`case` on so many sets of tensors, one after another, whose results are all kept to the end. In a step, too, an
+    operator meets what was not used just now, and writes where nothing was written just now."""
+    n = len(case.tensors)
+    tensors = tuple(x.clone() for _ in range(times) for x in case.tensors)
+    body = [_moved(each, n, turn, times) for turn in range(times) for each in case.body]
+    return Case(tensors, calls(times * n, *body), case.axes, times)
+
+
+def _moved(instruction: Instruction, n: int, turn: int, times: int) -> Instruction:
+    """The instruction on set `turn` of the `times` that there are of `n` tensors."""
+
+    def here(i: int) -> int:
+        return turn * n + i if i < n else times * n + turn * _MOST_IDS + i
+
+    def moved(leaf: Any) -> Any:
+        return Ref(here(leaf.id)) if isinstance(leaf, Ref) else leaf
+
+    args, kwargs = map_args(instruction.args, moved), map_args(instruction.kwargs, moved)
+    made = instruction.outs
+    outs = tuple(map(here, made)) if isinstance(made, tuple) else None if made is None else here(made)
+    return Instruction(instruction.op, args, kwargs, outs)
 
 
 def nothing_much() -> Case:
@@ -153,6 +178,17 @@ def _adamw(rows: int) -> Case:
     return Case(tensors, calls(5, update))
 
 
+def _dropout_backward(rows: int) -> Case:
+    grad, mask = _random(rows, _WIDTH), _random(rows, _WIDTH) > 0
+    return Case((grad, mask), calls(2, call("native_dropout_backward", Ref(0), Ref(1), 1.25, outs=_A)))
+
+
+def _random_numbers(rows: int) -> Case:
+    """A dropout's mask."""
+    size = (rows, _WIDTH * _F32.itemsize)
+    return Case((), calls(0, call("moai.random", size, "bernoulli", 0.9, 0.0, 0, 0, torch.bool, outs=_A)))
+
+
 _OPERATORS: Mapping[str, _Operator] = {
     "add": _Operator(3, _simple("add.Tensor", 2)),
     "mul": _Operator(3, _simple("mul.Tensor", 2)),
@@ -180,6 +216,10 @@ _OPERATORS: Mapping[str, _Operator] = {
     "_log_softmax": _Operator(2, _simple("_log_softmax", 1, -1, False)),
     "_log_softmax_backward_data": _Operator(3, _simple("_log_softmax_backward_data", 2, -1, _F32)),
     "_fused_adamw": _Operator(7, _adamw),
+    "_safe_softmax": _Operator(2, _simple("_safe_softmax", 1, -1)),
+    "tanh_backward": _Operator(3, _simple("tanh_backward", 2)),
+    "native_dropout_backward": _Operator(2.25, _dropout_backward),
+    "random": _Operator(1, _random_numbers),
 }
 
 
@@ -188,19 +228,29 @@ _OPERATORS: Mapping[str, _Operator] = {
 
 def message(kind: str, mode: str, nbytes: float, size: int, n_devices: int) -> Case:
     """A message of `nbytes` in all. "started": as those beside which a device computes are done."""
+    if mode == "waited":
+        return _waited(kind, nbytes, size, n_devices)
     length = max(size, int(nbytes) // _F32.itemsize // size * size)
     part = (0, (length // size,) * size, 1)
     over = ("tp",)
     body: tuple[Instruction, ...]
-    if mode == "waited":
-        how = ("sum",) if kind == "all_reduce" else part
-        body = calls(1, Instruction(kind, (Ref(0), over, *how), {}, _A))
-    elif kind == "all_reduce":
+    if kind == "all_reduce":
         body = _started(Instruction("all_reduce_start", ((Ref(0),), over), {"in_place": True}, _A), ())
     else:
         body = _started(Instruction(f"{kind}_start", ((Ref(0),), over, (part,)), {}, _A), (_B,))
     given = length // size if kind == "all_gather" else length
     return Case((torch.zeros(given, device="cpu"),), body, (("dp", n_devices // size), ("tp", size)))
+
+
+def _waited(kind: str, nbytes: float, size: int, n_devices: int) -> Case:
+    """The devices compute before, as they do in a step: they never come at the very same time."""
+    length = max(size, int(nbytes) // _F32.itemsize // size * size)
+    how = ("sum",) if kind == "all_reduce" else (0, (length // size,) * size, 1)
+    given = length // size if kind == "all_gather" else length
+    xs = (_random(_BEFORE, _BEFORE), torch.zeros(given, device="cpu"))
+    computed = call("mm", Ref(0), Ref(0), outs=_B)
+    body = calls(2, computed, Instruction(kind, (Ref(1), ("tp",), *how), {}, _A))
+    return Case(xs, body, (("dp", n_devices // size), ("tp", size)), beside=Case(xs, calls(2, computed)))
 
 
 def beside(nbytes: float, products: int, length: int, n_devices: int) -> Case:

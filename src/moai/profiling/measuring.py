@@ -25,6 +25,8 @@ ROUNDS = 2
 # No tensor of a case is larger than this share of a device's memory.
 _MEMORY_SHARE = 32
 _OVERLAP_BYTES, _OVERLAP_LENGTH = 4 * MIB, 256
+# An operator goes through so many bytes in turn, but through no more sets of tensors than so many.
+_TURN_BYTES, _MOST_TURNS = 16 * MIB, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,11 @@ STANDARD = {
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A table: its name, its axes, and what is timed at each point, `parts` times a pass."""
+    """A table: its name, its axes, and what is timed at each point."""
 
     name: str
     axes: tuple[tuple[float, ...], ...]
     cases: Sequence[Callable[[], Case]]
-    parts: int = 1
 
 
 class Measurement:
@@ -111,7 +112,7 @@ class Measurement:
         found: list[list[float]] = [[] for _ in self._jobs]
         for job, seconds in zip(self._jobs, found, strict=True):
             for case in job.cases:
-                seconds.append(self._watch.of_case(case()) / job.parts)
+                seconds.append(self._watch.of_case(case()))
                 advance()
         return found
 
@@ -131,7 +132,7 @@ def _matmuls(sizes: Sizes) -> Iterator[_Job]:
     lengths = tuple(map(float, sizes.lengths))
     for precision in sizes.precisions:
         timed = [partial(cases.matmul, m, n, k, precision) for m, n, k in itertools.product(sizes.lengths, repeat=3)]
-        yield _Job(f"matmul {precision}", (lengths,) * 3, timed, cases.PRODUCTS)
+        yield _Job(f"matmul {precision}", (lengths,) * 3, timed)
 
 
 def _attentions(sizes: Sizes) -> Iterator[_Job]:
@@ -148,8 +149,13 @@ def _attentions(sizes: Sizes) -> Iterator[_Job]:
 
 def _operators(sizes: Sizes) -> Iterator[_Job]:
     for name in sizes.names:
-        timed = [partial(cases.operator, name, n) for n in sizes.operators]
+        timed = [partial(_in_turn, name, n) for n in sizes.operators]
         yield _Job(f"stream {name}", (sizes.operators,), timed)
+
+
+def _in_turn(name: str, nbytes: float) -> Case:
+    turns = max(1, min(_MOST_TURNS, int(_TURN_BYTES / nbytes)))
+    return cases.in_turn(cases.operator(name, nbytes), turns)
 
 
 def _messages(sizes: Sizes, n_devices: int) -> Iterator[_Job]:

@@ -17,8 +17,10 @@ from moai.graph.step_graph import TensorType, flat_ids
 from moai.lower.program import Instruction, Program, Slot
 from moai.runtime.accelerator import Accelerator, Buffer
 
-SECONDS = 0.01  # that a timed run should take
-RUNS = 5
+# That a timed run should take: less than the system lets another program run for, so that some runs are undisturbed.
+SECONDS = 0.003
+RUNS = 12
+_LEAST = 1e-7  # seconds that anything takes
 _MOST_PASSES = 4096
 
 _numbers = itertools.count()
@@ -27,11 +29,14 @@ _numbers = itertools.count()
 @dataclass(frozen=True, slots=True)
 class Case:
     """`body` is repeated; value i is tensor i of `tensors`, which every device has a copy of. `axes`: of the mesh,
-    outermost first; empty for one axis of all devices."""
+    outermost first; empty for one axis of all devices. `parts`: how many times the body does what is to be timed.
+    `beside`: what else it does, and is not to be counted."""
 
     tensors: tuple[torch.Tensor, ...]
     body: tuple[Instruction, ...]
     axes: tuple[tuple[str, int], ...] = ()
+    parts: int = 1
+    beside: Case | None = None
 
 
 class Stopwatch:
@@ -44,7 +49,11 @@ class Stopwatch:
         self._runs = runs
 
     def of_case(self, case: Case) -> float:
-        """Seconds of one pass of the body."""
+        """Seconds of one part of the body."""
+        beside = 0.0 if case.beside is None else self._of_pass(case.beside)
+        return max(_LEAST, self._of_pass(case) - beside) / case.parts
+
+    def _of_pass(self, case: Case) -> float:
         mesh = _mesh(case, self._accelerator.n_devices, 1)
         buffers = [self._accelerator.upload(x, REPLICATE, mesh) for x in case.tensors]
         try:
@@ -57,18 +66,21 @@ class Stopwatch:
         finally:
             self._accelerator.forget()
 
-    def of_program(self, program: Program, scalars: Sequence[float | int] = ()) -> float:
-        """Seconds of a run of `program` on inputs of zeros: of a layer, a step, whatever it is. Scalars are zeros where
-        they are left out, which may make an optimizer divide by zero, but not take another time."""
+    def of_program(
+        self,
+        program: Program,
+        scalars: Sequence[float | int] = (),
+        tensors: Sequence[torch.Tensor] | None = None,
+    ) -> float:
+        """Seconds of a run of `program`: of a layer, a step, whatever it is. Inputs and scalars that are left out are
+        zeros, which may make an optimizer divide by zero, but not take another time."""
         accelerator = self._accelerator
-        inputs = [
-            accelerator.upload(torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu"), s.placement, program.mesh)
-            for s in program.inputs
-        ]
-        given = scalars or [0] * program.n_scalars
+        given = tensors or [torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu") for s in program.inputs]
+        inputs = [accelerator.upload(x, s.placement, program.mesh) for x, s in zip(given, program.inputs, strict=True)]
+        numbers = scalars or [0] * program.n_scalars
         found = []
         for _ in range(1 + self._runs):
-            outputs = accelerator.run(program, inputs, given)
+            outputs = accelerator.run(program, inputs, numbers)
             accelerator.synchronize()
             found.append(accelerator.run_seconds)
             for slot, buffer in zip(program.outputs, outputs, strict=True):

@@ -6,26 +6,21 @@ In: a Captured, and what a person asks. Out: a `Chosen`. Nothing here runs anyth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from moai.cli.plan.figures import matches
 from moai.cli.plan.request import Target
 from moai.dry.session import Captured
-from moai.graph.step_graph import StepGraph, tokens
-from moai.lower.inputs import global_batch
-from moai.lower.sampling import observe
 from moai.plan.options import Options
 from moai.plan.plan import Plan
-from moai.plan.profile import Profiled
-from moai.plan.search import Candidate, Choice, NoPlan, Step, search
+from moai.plan.search import Candidate, Choice, NoPlan, search
 from moai.plan.space import Allowed
-from moai.plan.timings import Described, Timings
+from moai.plan.timings import Timings
+from moai.planning import problem
 from moai.platform.errors import AcceleratorError
-from moai.profiling import store
 
 # How long is looked for the smallest flavor, which is no part of the choice.
 _FLAVOR_SECONDS = 20.0
@@ -50,8 +45,7 @@ class Planner:
         self.captured = captured
         self._options = captured.options
         self._restricted = restricted
-        graph = captured.graph
-        self._step = Step(_observing(graph), global_batch(graph, [None] * len(graph.inputs)), tokens(graph))
+        self._step = problem.step(captured.graph)
 
     def choose(self, target: Target, more: Mapping[str, Any] | None = None, until: float = float("inf")) -> Choice:
         """The best plan that has the restricted keys, and those of `more`. Raises NoPlan, and TimeoutError when
@@ -66,8 +60,16 @@ class Planner:
         if level := fixed.pop("recompute", None):
             fixed["recompute"] = (level,)
         allowed = replace(Allowed() if self._options is None else Allowed.by(self._options), **fixed)
-        base = Plan(precision=precision)
-        return search(self._step, target.cluster, timings(target), target.budget_bytes, allowed, base, progress)
+        base, profile = Plan(precision=precision), problem.profile_of(target.devices)
+        return search(
+            self._step,
+            target.cluster,
+            problem.timings(target.cluster, profile),
+            target.budget_bytes,
+            allowed,
+            base,
+            progress,
+        )
 
     def fits(self, target: Target, until: float) -> bool:
         """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
@@ -80,12 +82,7 @@ class Planner:
 
 def timings(target: Target) -> Timings:
     """Measured ones where these devices have been profiled."""
-    profile = store.find(target.devices) if target.devices else None
-    return Described(target.cluster) if profile is None else Profiled(profile, target.cluster)
-
-
-def _observing(graph: StepGraph) -> Callable[[Plan], Any]:
-    return cache(lambda plan: observe(graph, plan))
+    return problem.timings(target.cluster, problem.profile_of(target.devices))
 
 
 def _precision(options: Options | None, target: Target) -> Any:

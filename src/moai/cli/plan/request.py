@@ -15,13 +15,12 @@ from moai.cli.script import check_script
 from moai.plan import cluster_file, parse
 from moai.plan.cluster import Cluster
 from moai.plan.errors import PlanError
+from moai.planning.budget import budget
 from moai.platform import accelerators, clusters, config, flavors, pool
 from moai.platform.device import Device
 from moai.platform.errors import AcceleratorError
 from moai.platform.flavors import Flavor
 
-RATIO = "MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO"
-_DEFAULT_RATIO = 80  # percent
 _MULTIPLES = (2, 4, 8, 16)  # of the largest size, that a step is tried on which fits nowhere else
 
 
@@ -89,13 +88,13 @@ def _target(flavor: str | None, cluster: str | None, environ: Mapping[str, str])
             found = cluster_file.load(cluster)
         except ValueError as error:
             raise AcceleratorError(f"--cluster: {error}") from None
-        return Target(f"{found.name}:{found.n_devices}", found, False, budget(found, environ))
+        return _sized(f"{found.name}:{found.n_devices}", found, False, environ)
     if flavor is not None:
         here = flavors.find(flavor, flavors.available(pool.probe(environ), environ))
         if here is not None:
             return _of_flavor(here, environ, environ)
         found = clusters.of_name(flavor, environ)
-        return Target(flavor, found, True, budget(found, environ))
+        return _sized(flavor, found, True, environ)
     try:
         chosen = accelerators.choose(environ).flavor
     except (ValueError, RuntimeError) as error:
@@ -107,15 +106,15 @@ def _of_flavor(flavor: Flavor, where: Mapping[str, str], environ: Mapping[str, s
     """`where`: the environment whose operator's file has the flavor."""
     cluster = clusters.of_flavor(flavor, pool.probe(environ), where)
     described = config.load(where).cluster is not None
-    return Target(flavor.name, cluster, True, budget(cluster, environ), () if described else flavor.devices)
+    return Target(
+        flavor.name, cluster, True, budget(cluster.device.memory_bytes, environ), () if described else flavor.devices
+    )
 
 
-def budget(cluster: Cluster, environ: Mapping[str, str]) -> int:
-    """Bytes of a device that a plan may use."""
-    text = environ.get(RATIO) or str(_DEFAULT_RATIO)
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 100):
-        raise AcceleratorError(f"{RATIO}={text}: it is a percentage, a whole number from 1 to 100.")
-    return cluster.device.memory_bytes * int(text) // 100
+def _sized(
+    name: str, cluster: Cluster, is_flavor: bool, environ: Mapping[str, str], devices: tuple[Device, ...] = ()
+) -> Target:
+    return Target(name, cluster, is_flavor, budget(cluster.device.memory_bytes, environ), devices)
 
 
 def others(target: Target, environ: Mapping[str, str]) -> list[Target]:
@@ -123,7 +122,9 @@ def others(target: Target, environ: Mapping[str, str]) -> list[Target]:
     flavored = _flavors(target, environ) if target.is_flavor else []
     most = max([target, *flavored], key=lambda each: each.cluster.n_devices).cluster
     multiples = [cluster_file.with_devices(most, most.n_devices * times) for times in _MULTIPLES]
-    beyond = [Target(f"{c.n_devices} x {c.device.name}", c, False, budget(c, environ)) for c in multiples]
+    beyond = [
+        Target(f"{c.n_devices} x {c.device.name}", c, False, budget(c.device.memory_bytes, environ)) for c in multiples
+    ]
     return [*flavored, *beyond]
 
 

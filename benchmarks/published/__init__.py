@@ -1,0 +1,1 @@
+"""Predictions against training speeds that others published: `python -m benchmarks.published --csv FILE`."""

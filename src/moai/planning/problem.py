@@ -1,0 +1,66 @@
+"""What there is to choose from for a step, and what is known of the hardware.
+
+In: a captured step, devices or a description of them, what the script and the environment allow. Out: the arguments of
+`plan.search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+from moai.graph.placement import Placement
+from moai.graph.step_graph import StepGraph, tokens
+from moai.lower.inputs import global_batch
+from moai.lower.sampling import observe
+from moai.plan.cluster import Cluster
+from moai.plan.family import Observe
+from moai.plan.plan import Plan
+from moai.plan.profile import Profile, Profiled
+from moai.plan.search import Step
+from moai.plan.timings import Described, Timings
+from moai.plan.work import Held, Observation
+from moai.platform.device import Device
+from moai.profiling import store
+
+# Numbers that AdamW keeps for each of a parameter.
+_STATES_OF_ADAMW = 2
+
+
+def profile_of(devices: Sequence[Device]) -> Profile | None:
+    """What was measured on `devices`, if they are at hand and have been."""
+    return store.find(devices) if devices else None
+
+
+def timings(cluster: Cluster, profile: Profile | None) -> Timings:
+    """What was measured, or else what is written of the hardware."""
+    return Described(cluster) if profile is None else Profiled(profile, cluster)
+
+
+def step(graph: StepGraph, given: Sequence[Placement | None] | None = None) -> Step:
+    """The step to plan for. What is observed of it is observed once, whatever is asked."""
+    given = [None] * len(graph.inputs) if given is None else given
+    return Step(_observing(graph, given), global_batch(graph, given), tokens(graph))
+
+
+def batch_sizes(graph: StepGraph) -> list[int]:
+    """The lengths of the first dims of the step's data, the most frequent first; those of one sample for all count."""
+    shapes = [graph.types[i.id].shape for i in graph.inputs if i.batch]
+    lengths = [shape[0] for shape in shapes if shape and shape[0]]
+    return sorted(set(lengths), key=lambda length: (-lengths.count(length), -length))
+
+
+def _observing(graph: StepGraph, given: Sequence[Placement | None]) -> Observe:
+    find: Callable[[Plan], Observation] = lambda plan: observe(graph, plan, given)  # noqa: E731
+    return cache(find if graph.trains else lambda plan: _with_states(find(plan)))
+
+
+def _with_states(found: Observation) -> Observation:
+    """For a step whose optimizer comes in another graph: it is taken for AdamW."""
+
+    def more(held: Held) -> Held:
+        states = _STATES_OF_ADAMW * held.parameters
+        return replace(held, total=held.total + states, states=held.states + states)
+
+    return replace(found, held=more(found.held), held_more=more(found.held_more))
