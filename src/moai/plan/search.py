@@ -15,9 +15,11 @@ observation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from moai.plan.cluster import Cluster
 from moai.plan.cost import INDISTINCT, Prediction, predict
@@ -25,8 +27,8 @@ from moai.plan.errors import PlanError
 from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
 from moai.plan.space import RECOMPUTE, Allowed, layouts, variants
-from moai.plan.timings import Timings, groups
-from moai.plan.work import AXES, KINDS, Memory, Sample, Task, Work
+from moai.plan.timings import Group, Timings, groups
+from moai.plan.work import AXES, KINDS, MESSAGES, Memory, Sample, Task, Work
 
 # Of the time that computing again takes, so much is left at least where micro-batches are larger.
 _LARGER_MATRICES = 0.9
@@ -158,8 +160,10 @@ class _Search:
                 self._found += [Candidate(plan, None, reason, plan.pp == 1) for plan in self._variants(layout)]
 
     def _bound(self, layout: Plan) -> _Bound:
-        sample = self._least_work(layout)
-        found = self._timed(sample, layout)
+        few, sample = self._least_work(layout)
+        among = layout.tp // few
+        sample = _sharing_memory(sample, among)
+        found = predict(sample, layout, _Shared(self._timings, among), groups(layout, self._cluster))
         parts = found.parts
         free = parts.dp_exposed + parts.slowdown + parts.optimizer * (1 - 1 / layout.dp)
         scattered = self._scattered_s(sample, layout)
@@ -175,21 +179,20 @@ class _Search:
         seconds = float(self._timings.durations(message, groups(layout, self._cluster))[0])
         return seconds * min(1.0, self._timings.overlap_slowdown)
 
-    def _least_work(self, layout: Plan) -> Sample:
-        """No device does less than this."""
-        few = replace(
-            layout, tp=min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
-        )
+    def _least_work(self, layout: Plan) -> tuple[int, Sample]:
+        """For the fewest devices that share matrices, how many they are and what they do."""
+        least = min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
+        few = replace(layout, tp=least)
         several = self._families.get(_structure(replace(few, dp=2, pp=1)))
         known = several.known(few) if several is not None else None
         if known is not None:
-            return _shared(known, layout.tp // few.tp)  # for one device, too: its sums take no time
+            return few.tp, known  # for one device, too: its sums take no time
         try:
-            return _shared(self._sample(few), layout.tp // few.tp)
+            return few.tp, self._sample(few)
         except (PlanError, RuntimeError):
             if few == layout:
                 raise
-            return self._sample(layout)
+            return layout.tp, self._sample(layout)
 
     def _sample(self, plan: Plan) -> Sample:
         """What stages do is read off the program of one that has all layers."""
@@ -218,7 +221,7 @@ class _Search:
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
         runnable = plan.pp == 1
         least_s = self._least_s(plan, bound)
-        if least_s >= self._best:
+        if least_s >= self._best * (1 + INDISTINCT):
             return Candidate(plan, None, f"slower: {least_s:.3g} s or more", runnable)
         if bound.least_bytes(plan) > self._budget:
             return Candidate(plan, None, f"memory: {_size(bound.least_bytes(plan))} or more", runnable)
@@ -276,16 +279,36 @@ class _Bound:
         spread = plan.dp if plan.distribute_param else 1
         stored = (self.memory.parameters + self.memory.states) / spread
         activations = self.memory.activations if plan.recompute == "none" else self.kept
+        if plan.distribute_low_prec_param:  # then weights in low precision, which are among them, come and go
+            activations = max(self.kept, activations - self.memory.parameters)
         return stored + max(activations, self.memory.parameters / spread)
 
 
-def _shared(sample: Sample, among: int) -> Sample:
-    """The sample with all but its messages shared evenly among so many devices."""
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Timings of devices that share evenly what takes one so long, but for messages: none is sooner done with its part.
+    Smaller products are no more efficient than large ones."""
 
-    def part(work: Work) -> Work:
-        return replace(work, flops=work.flops / among, bytes=work.bytes / among, memory=work.memory * (1 / among))
+    timings: Timings
+    among: int
 
-    return replace(sample, less=part(sample.less), more=part(sample.more))
+    @property
+    def host_s_per_launch(self) -> float:
+        return self.timings.host_s_per_launch
+
+    @property
+    def overlap_slowdown(self) -> float:
+        return self.timings.overlap_slowdown
+
+    def durations(self, work: Work, groups: Mapping[str, Group]) -> np.ndarray:
+        seconds = self.timings.durations(work, groups)
+        return np.where(work.kind < KINDS.index(MESSAGES[0]), seconds / self.among, seconds)
+
+
+def _sharing_memory(sample: Sample, among: int) -> Sample:
+    """The sample with its memory shared evenly among so many devices."""
+    less, more = (replace(work, memory=work.memory * (1 / among)) for work in (sample.less, sample.more))
+    return replace(sample, less=less, more=more)
 
 
 def _kept(sample: Sample, layout: Plan) -> float:
