@@ -33,7 +33,8 @@ COMMON = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 32,
 }
-# Of weights so large that what is gathered of one layer is not joined with the next.
+# Large enough that what is gathered of one layer is not joined with the next, and that what is computed again is not
+# taken for a repetition.
 WIDE = {**COMMON, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY}
 OPT = {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32}
