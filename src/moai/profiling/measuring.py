@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ ROUNDS = 2
 # No tensor of a case is larger than this share of a device's memory.
 _MEMORY_SHARE = 32
 _OVERLAP_BYTES, _OVERLAP_LENGTH = 4 * MIB, 256
+_OVERLAP_TIMES = 7  # it is a difference of two times
 # An operator goes through so many bytes in turn, but through no more sets of tensors than so many.
 _TURN_BYTES, _MOST_TURNS = 16 * MIB, 64
 
@@ -121,11 +123,13 @@ class Measurement:
         n = self._accelerator.n_devices
         if n == 1:
             return 0.0
-        message = self._watch.of_case(cases.message("all_reduce", "started", _OVERLAP_BYTES, n, n))
+        sent = cases.message("all_reduce", "started", _OVERLAP_BYTES, n, n)
+        message = min(self._watch.of_case(sent) for _ in range(_OVERLAP_TIMES))
         product = self._watch.of_case(cases.beside(0, 1, _OVERLAP_LENGTH, n))
         products = min(500, max(1, round(2.0 * message / product)))  # longer than the message
-        alone, both = (self._watch.of_case(cases.beside(b, products, _OVERLAP_LENGTH, n)) for b in (0, _OVERLAP_BYTES))
-        return min(1.0, max(0.0, (both - alone) / message))
+        alone, both = (cases.beside(nbytes, products, _OVERLAP_LENGTH, n) for nbytes in (0, _OVERLAP_BYTES))
+        lost = [self._watch.of_case(both) - self._watch.of_case(alone) for _ in range(_OVERLAP_TIMES)]
+        return min(1.0, max(0.0, statistics.median(lost) / message))
 
 
 def _matmuls(sizes: Sizes) -> Iterator[_Job]:
