@@ -41,6 +41,7 @@ test-all: lint
 bench: install
 	$(PY) -m benchmarks.capture
 	$(PY) -m benchmarks.lowering
+	$(PY) -m benchmarks.search
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.regret
 	$(PY) -m benchmarks.fits

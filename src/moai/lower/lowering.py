@@ -42,7 +42,7 @@ from moai.lower.validate import validate
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
 from moai.plan.errors import PlanError
-from moai.plan.plan import Plan
+from moai.plan.plan import Plan, Precision, Recompute
 
 # Set to 1, every program is validated when it is made.
 VALIDATE = "MOAI_VALIDATE"
@@ -111,13 +111,31 @@ class Lowered:
         }
 
 
-def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Lowered:
-    """All nodes of `graph`, one by one. `plan` is `fitted`."""
-    mesh = plan.mesh
-    nodes, spelled, outputs = canonical(graph)
-    nodes, types = in_precision(nodes, spelled, graph.inputs, outputs, plan.precision)
+@dataclass(frozen=True)
+class Spelled:
+    """The nodes of a graph as they are lowered, for any number of devices: in one spelling, in a plan's precision, and
+    with what is computed again. Values from `once` on are made a second time."""
+
+    nodes: Sequence[Node]
+    types: Sequence[TensorType]
+    outputs: Sequence[int]
+    once: int
+
+
+def spelled(graph: StepGraph, precision: Precision | None, recompute: Recompute) -> Spelled:
+    """What lowering begins with."""
+    nodes, plain, outputs = canonical(graph)
+    nodes, types = in_precision(nodes, plain, graph.inputs, outputs, precision)
     once = len(types)
-    nodes, types = recomputed(nodes, types, graph.inputs, outputs, plan.recompute, None)
+    nodes, types = recomputed(nodes, types, graph.inputs, outputs, recompute, None)
+    return Spelled(nodes, types, outputs, once)
+
+
+def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], begun: Spelled | None = None) -> Lowered:
+    """All nodes of `graph`, one by one. `plan` is `fitted`; `begun`: its `spelled`, if that is at hand."""
+    mesh = plan.mesh
+    begun = begun or spelled(graph, plan.precision, plan.recompute)
+    nodes, types, outputs, once = list(begun.nodes), list(begun.types), begun.outputs, begun.once
     if plan.distribute_low_prec_param:
         nodes, types = with_own_views(nodes, types, graph.inputs)
     twice = range(once, len(types))

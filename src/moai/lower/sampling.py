@@ -10,22 +10,23 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Output, StepGraph, TensorType, flat_ids
 from moai.lower.cleanup import uses
-from moai.lower.depth.steps import with_units
+from moai.lower.depth.steps import Identical, with_units
 from moai.lower.inputs import global_batch
-from moai.lower.lowering import fitted, lowered
+from moai.lower.lowering import Spelled, fitted, lowered, spelled
 from moai.lower.operators import BUILTINS, is_view
 from moai.lower.peak import levels
 from moai.lower.program import Instruction, Program
 from moai.lower.tasks import bounds, shapes_of, tasks
 from moai.lower.unhindered import without_collections
 from moai.lower.values import largest_part
-from moai.plan.plan import Plan
+from moai.plan.plan import Plan, Precision, Recompute
 from moai.plan.work import Held, Observation, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them.
@@ -48,11 +49,17 @@ class _Known:
 
     @staticmethod
     def of(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> _Known:
-        found = lowered(graph, plan, given)
+        found = lowered(graph, plan, given, _spelled(Identical(graph), plan.precision, plan.recompute))
         batch = [slot.id for slot, each in zip(found.program.inputs, graph.inputs, strict=True) if each.batch]
         program, phases = found.program, found.phases
         fresh, coming = _fresh_states(graph, phases, program)
         return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh, coming)
+
+
+@lru_cache(maxsize=6)
+def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute) -> Spelled:
+    """Kept for the next plan: of two depths, three levels."""
+    return spelled(identical.graph, precision, recompute)
 
 
 @without_collections()

@@ -48,15 +48,24 @@ class Shallow:
 
 def shallow(graph: StepGraph, given: Sequence[Placement | None], plan: Plan) -> Iterator[Shallow]:
     """The same step with fewer layers, if `graph` has many of them: the fewest first, which may not be clear enough."""
-    found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
+    found = layers_of(Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
     for depth in _SPREAD_DEPTHS if plan.distribute_param or plan.tp > 1 else _DEPTHS:
         if found is not None and found.units >= _WORTH_IT * depth:
             yield _with_units(graph, given, found, depth)
 
 
 def with_units(graph: StepGraph, given: Sequence[Placement | None], units: int) -> Shallow | None:
-    """The same step with so many units of its layers, if it has as many and more."""
-    found = layers_of(_Identical(graph), tuple(given)) if len(graph.nodes) >= _WORTH_LOOKING else None
+    """The same step with so many units of its layers, if it has as many and more.
+
+    Asked again, it is the same object.
+    """
+    return _kept_with_units(Identical(graph), tuple(given), units)
+
+
+@lru_cache(maxsize=4)
+def _kept_with_units(identical: Identical, given: tuple[Placement | None, ...], units: int) -> Shallow | None:
+    graph = identical.graph
+    found = layers_of(identical, given) if len(graph.nodes) >= _WORTH_LOOKING else None
     if found is None or found.units <= units:
         return None
     return _with_units(graph, given, found, units)
@@ -69,7 +78,7 @@ def _with_units(graph: StepGraph, given: Sequence[Placement | None], found: Laye
 
 
 @dataclass(frozen=True, eq=False)
-class _Identical:
+class Identical:
     """Stands for this very graph: comparing graphs by what is in them would take too long."""
 
     graph: StepGraph
@@ -78,11 +87,11 @@ class _Identical:
         return id(self.graph)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identical) and self.graph is other.graph
+        return isinstance(other, Identical) and self.graph is other.graph
 
 
 @lru_cache(maxsize=2)
-def layers_of(identical: _Identical, given: tuple[Placement | None, ...]) -> Layered | None:
+def layers_of(identical: Identical, given: tuple[Placement | None, ...]) -> Layered | None:
     """The layers of a graph, kept for the next plan that it is lowered with."""
     graph = identical.graph
     kinds: dict[object, int] = {}
