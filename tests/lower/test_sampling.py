@@ -1,0 +1,57 @@
+"""What a few layers tell about a deep step is what the whole of it does, and little more than it holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from moai.graph.step_graph import StepGraph
+from moai.lower.sampling import observe
+from moai.plan.parse import parse
+from moai.plan.work import Sample, Work
+from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
+from tests.lower.captured_steps import VOCABULARY, capturing, llama_with_adamw
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 10}
+PLANS = [
+    "dp=4",
+    "dp=2,tp=2",
+    "dp=4,micro=2",
+    "dp=4,recompute=default",
+    "dp=4,recompute=full,precision=bf16",
+    "dp=4,distribute_param=true",
+    "dp=4,micro=2,distribute_param=true,distribute_low_prec_param=true",
+    "dp=2,tp=2,micro=2,recompute=full,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
+]
+
+
+@pytest.fixture
+def graph(capture, monkeypatch) -> StepGraph:  # noqa: F811
+    return capturing(capture, monkeypatch)(llama_with_adamw(8, 32, **WIDE, **HEADS)).graph
+
+
+def flops(work: Work) -> float:
+    return float(work.flops.sum())
+
+
+def of_all_layers(sample: Sample) -> tuple[float, float]:
+    """Operations and the most bytes held."""
+    less, more = sample.less, sample.more
+    extrapolated = flops(less) + sample.deeper * (flops(more) - flops(less))
+    return extrapolated, less.memory.total + sample.deeper * (more.memory.total - less.memory.total)
+
+
+def test_few_layers_tell_what_all_compute_and_hold_no_less_than_they_do(graph, monkeypatch):
+    # A layer's gradients fill messages, as those of large layers do.
+    for limit in ("MAX_BYTES", "_MIN_BYTES", "_WHOLE_BYTES"):
+        monkeypatch.setattr(f"moai.lower.buckets.{limit}", 1 << 17)
+    for text in PLANS:
+        plan = parse(text, 4)
+        few = observe(graph, plan).sample()
+        with monkeypatch.context() as patch:
+            patch.setattr("moai.lower.sampling.with_units", lambda *_: None)
+            whole = observe(graph, plan).sample()
+        assert few.deeper > 0 and whole.deeper == 0
+        operations, held = of_all_layers(few)
+        assert operations == pytest.approx(flops(whole.less), rel=1e-9), text
+        assert 0.999 <= held / whole.less.memory.total <= 1.04, text
