@@ -5,7 +5,8 @@ on tensors without data and searches all plans. Configs are written here; nothin
 what they went to:
 
 - `total_s`: from the start of the process until it knows the plan; `start_s`: of that, the interpreter's and imports.
-- `capture_s`: the step's graph, from a process of its own; `search_s`: the plan. `observe_s`: of that, observations.
+- `capture_s`: the step's graph, from a process of its own; `search_s`: the plan. `observe_s`: of that, waiting for
+  observations, which two processes make.
 - `cpu_s`: of the process and of those that it started; beside it, what other programs took of the machine.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,30 +62,31 @@ def measure(connection: Connection, config: Mapping[str, Any], cluster: str, bat
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        step = ModelStep(folder, batch, BLOCK_SIZE, "float32")
-        graph = capture_model(step, 80 << 30, RUN_SECONDS).graph
+        model = ModelStep(folder, batch, BLOCK_SIZE, "float32")
+        graph = capture_model(model, 80 << 30, RUN_SECONDS).graph
     capture_s = time.perf_counter() - begin
 
-    from moai.lower.sampling import observe
     from moai.plan.cluster_file import load
     from moai.plan.plan import Plan
-    from moai.plan.search import Step, search
+    from moai.plan.search import search
     from moai.plan.space import Allowed
     from moai.plan.timings import Described
+    from moai.planning.problem import step_for_two
 
     seconds = []
-
-    def observed(plan: Plan) -> Any:
-        start = time.perf_counter()
-        found = observe(graph, plan)
-        seconds.append(time.perf_counter() - start)
-        return found
-
     begin = time.perf_counter()
     hardware = load(cluster)
     budget = int(hardware.device.memory_bytes * MEMORY_SHARE)
-    asked = Step(observed, batch, batch * BLOCK_SIZE)
-    choice = search(asked, hardware, Described(hardware), budget, Allowed(), Plan(precision="bf16"))
+    with step_for_two(graph) as asked:
+
+        def observed(plan: Plan) -> Any:
+            start = time.perf_counter()
+            found = asked.observe(plan)
+            seconds.append(time.perf_counter() - start)
+            return found
+
+        timed = replace(asked, observe=observed)
+        choice = search(timed, hardware, Described(hardware), budget, Allowed(), Plan(precision="bf16"))
     search_s = time.perf_counter() - begin
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     assert choice.best.prediction is not None

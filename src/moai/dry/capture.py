@@ -56,8 +56,7 @@ def _run(order: Order, name: str, verbose: bool) -> Captured:
         with (Path(folder) / "output").open("w+b") as output:
             process = _start(file, sys.stderr.fileno() if verbose else output.fileno(), os.environ)
             try:
-                import moai.dry.session  # noqa: F401  # torch, while the other process imports it, too
-
+                _prepare()  # while the other process does the same
                 status = _wait(process, order.seconds, name)
             finally:
                 _end(process)
@@ -66,6 +65,13 @@ def _run(order: Order, name: str, verbose: bool) -> Captured:
                 text = f"{name} ended before its first training step, with exit status {status}"
                 raise _unexplained(text, output.fileno())
             return _captured(pickle.loads(result.read_bytes()), output.fileno())
+
+
+def _prepare() -> None:
+    """Imports what planning will need: torch, and what its operators ask for when first used without data."""
+    import torch._dynamo  # noqa: F401
+
+    import moai.lower.sampling  # noqa: F401
 
 
 def _captured(found: Captured | Failure, output: int) -> Captured:

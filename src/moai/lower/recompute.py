@@ -56,8 +56,9 @@ _CHEAP = frozenset(
     }
 )
 _RANDOM_WORK = 8  # drawing a number, measured in copies of one
-# What is read again after less than this part of forward and backward is not worth giving up.
-_SHORTEST_ABSENCE = 0.05
+# What is read again after fewer nodes than these is not worth giving up: the same few values, however deep a model is.
+# In a graph that is smaller than any model's, it is what is read again after less than this part of its nodes.
+_SHORTEST_ABSENCE, _SHORTEST_PART = 10, 0.05
 
 
 def recomputed(
@@ -214,16 +215,12 @@ def _kept_under(activations: Activations, budget: int | None) -> set[int]:
 
 def _long_absent(activations: Activations) -> set[int]:
     """The saved roots between whose last use in the forward and first use in the backward much is done."""
-    begins = [block[0] for block in activations.blocks()]
-    ends = [*begins[1:], max(activations.first_backward.values(), default=0)]
 
-    def is_absent(root: int) -> bool:
-        made, back = activations.maker[root], activations.first_backward[root]
-        block = bisect_right(begins, made) - 1
-        away = back - activations.last_forward.get(root, made)
-        return away > _SHORTEST_ABSENCE * (ends[block] - begins[block])
+    def away(root: int) -> int:
+        return activations.first_backward[root] - activations.last_forward.get(root, activations.maker[root])
 
-    return {r for r in activations.saved if is_absent(r)}
+    nodes = max(activations.first_backward.values(), default=0)
+    return {r for r in activations.saved if away(r) > min(_SHORTEST_ABSENCE, _SHORTEST_PART * nodes)}
 
 
 def _groups(activations: Activations, absent: set[int]) -> list[_Group]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Output, StepGraph, TensorType, flat_ids
+from moai.lower.buckets import MAX_BYTES
 from moai.lower.cleanup import uses
 from moai.lower.depth.steps import Identical, with_units
 from moai.lower.inputs import global_batch
@@ -29,8 +30,10 @@ from moai.lower.values import largest_part
 from moai.plan.plan import Plan, Precision, Recompute
 from moai.plan.work import Held, Observation, Work
 
-# Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them.
-_UNITS = 3
+# Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them,
+# where messages go over from one to the other. Of large ones, they do not, unless they are gathered ahead of time.
+_UNITS, _LARGE_UNITS = 3, 2
+_LARGE_BYTES = 4 * MAX_BYTES  # of weights and states in fp32, each of which is as large as what is sent of it
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class _Known:
         return _Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh, coming)
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=9)
 def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute) -> Spelled:
-    """Kept for the next plan: of two depths, three levels."""
+    """Kept for the next plan: of three depths, three levels."""
     return spelled(identical.graph, precision, recompute)
 
 
@@ -73,14 +76,29 @@ def observe(
     given = [None] * len(graph.inputs) if given is None else given
     plan = fitted(graph, plan, given)
     samples = global_batch(graph, given) / (plan.dp * plan.micro)
-    few, more = (with_units(graph, given, units) for units in (_UNITS, _UNITS + 1))
+    units = _units(graph, plan, given)
+    few, more = (with_units(graph, given, n) for n in (units, units + 1))
     if few is None or more is None:
         whole = _Known.of(graph, plan, given)
         work, held = _work(whole, samples, fused), _held(whole)
         return Observation(work, work, held, held, _handed(whole), 0, 0)
     here, there = (_Known.of(each.graph, plan, each.given) for each in (few, more))
     less, greater = (_work(known, samples, fused) for known in (here, there))
-    return Observation(less, greater, _held(here), _held(there), _handed(here), _UNITS, few.deeper)
+    return Observation(less, greater, _held(here), _held(there), _handed(here), units, few.deeper)
+
+
+def _units(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> int:
+    few = with_units(graph, given, _UNITS)
+    if few is None or plan.distribute_low_prec_param:
+        return _UNITS
+    nbytes = (_bytes_of(Identical(graph)) - _bytes_of(Identical(few.graph))) / few.deeper
+    return _LARGE_UNITS if nbytes / plan.tp > _LARGE_BYTES else _UNITS
+
+
+@lru_cache(maxsize=4)
+def _bytes_of(identical: Identical) -> int:
+    graph = identical.graph
+    return sum(graph.types[i.id].nbytes for i in graph.inputs if not i.batch)
 
 
 def _work(known: _Known, samples: float, fused: bool) -> Work:

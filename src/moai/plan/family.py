@@ -33,6 +33,11 @@ class Family:
         self._batch = batch
         self._observed: dict[tuple[float, float], Observation] = {}
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was observed."""
+        return bool(self._observed)
+
     def sample(self, plan: Plan) -> Sample:
         """The sample of one of the plans: observed, if it does not follow from what was observed before. Raises what
         observing it does."""

@@ -15,7 +15,7 @@ observation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -70,11 +70,13 @@ class NoPlan(PlanError):
 @dataclass(frozen=True, slots=True)
 class Step:
     """The step to plan for. `observe`: see `lower.sampling`; raises PlanError or RuntimeError for a plan that the step
-    cannot be run with. `batch`: its samples. `tokens`: positions in it. `layers`: how many times its layers repeat."""
+    cannot be run with. `batch`: its samples. `tokens`: positions in it. `expect` is told of a plan that is about to be
+    observed, and of the one that will probably be next."""
 
     observe: Observe
     batch: int
     tokens: int = 0
+    expect: Callable[[Plan, Plan], None] = lambda plan, probable: None
 
 
 def search(
@@ -122,6 +124,7 @@ class _Search:
         self._found: list[Candidate] = []
         self._fitting: dict[tuple[int, ...], list[Plan]] = {}  # by layout
         self._seen: dict[tuple[int, ...], list[tuple[Plan, float]]] = {}  # by layout, with seconds
+        self._coming: Iterable[Plan] = ()  # what will be asked for next, if it is not known by then
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
         """All candidates, those that can be taken first, the fastest first."""
@@ -130,9 +133,9 @@ class _Search:
         for level in RECOMPUTE:
             for done, (bound, layout) in enumerate(bounds):
                 progress(done, len(bounds))
-                for plan in self._variants(layout):
-                    if plan.recompute == level:
-                        self._consider(plan, bound)
+                for plan in self._of_level(layout, level):
+                    self._coming = self._worth_asking(plan, bounds[done:])
+                    self._consider(plan, bound)
         return sorted(self._found, key=_order)
 
     def lightest(self) -> tuple[Plan, float] | None:
@@ -151,8 +154,20 @@ class _Search:
     def _variants(self, layout: Plan) -> Iterator[Plan]:
         return (plan for plan in variants(layout) if self._allowed.allows(plan))
 
+    def _of_level(self, layout: Plan, level: Recompute) -> Iterator[Plan]:
+        return (plan for plan in self._variants(layout) if plan.recompute == level)
+
+    def _worth_asking(self, plan: Plan, bounds: Sequence[tuple[_Bound, Plan]]) -> Iterator[Plan]:
+        """What will be asked for after `plan`, the first one of `bounds`, as far as can be told before."""
+        for bound, layout in bounds:
+            for other in self._of_level(layout, plan.recompute):
+                spared = _does_less(plan, other) and bound.fits(plan, self._budget)
+                if other.pp == 1 and not spared and self._needless(other, bound) is None:
+                    yield other
+
     def _bounds(self) -> Iterator[tuple[_Bound, Plan]]:
-        for layout in self._layouts:
+        for done, layout in enumerate(self._layouts):
+            self._coming = (each for each in map(self._least, self._layouts[done:]) if each.dp > 1)
             try:
                 yield self._bound(layout), layout
             except (PlanError, RuntimeError, ValueError) as error:
@@ -181,8 +196,7 @@ class _Search:
 
     def _least_work(self, layout: Plan) -> tuple[int, Sample]:
         """For the fewest devices that share matrices, how many they are and what they do."""
-        least = min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
-        few = replace(layout, tp=least)
+        few = self._least(layout)
         several = self._families.get(_structure(replace(few, dp=2, pp=1)))
         known = several.known(few) if several is not None else None
         if known is not None:
@@ -194,11 +208,30 @@ class _Search:
                 raise
             return layout.tp, self._sample(layout)
 
+    def _least(self, layout: Plan) -> Plan:
+        """The layout with the fewest devices that share matrices."""
+        least = min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
+        return replace(layout, tp=least)
+
     def _sample(self, plan: Plan) -> Sample:
         """What stages do is read off the program of one that has all layers."""
         plan = replace(plan, pp=1)
         family = self._families.setdefault(_structure(plan), Family(self._step.observe, self._step.batch))
+        known = family.known(plan)
+        if known is not None:
+            return known
+        self._expect(plan, family)
         return family.sample(plan)
+
+    def _expect(self, plan: Plan, family: Family) -> None:
+        """Says that `plan` is asked for, and what probably will be afterwards."""
+        for other in self._coming:
+            other = replace(other, pp=1)
+            # A second plan of a family mostly tells about all others.
+            tells = family.begun and _structure(other) == _structure(plan)
+            if other != plan and not tells and self._known(other) is None:
+                self._step.expect(plan, other)
+                return
 
     def _predicted(self, plan: Plan) -> Prediction:
         return self._timed(self._sample(plan), plan)
@@ -220,16 +253,11 @@ class _Search:
 
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
         runnable = plan.pp == 1
-        least_s = self._least_s(plan, bound)
-        if least_s >= self._best * (1 + INDISTINCT):
-            return Candidate(plan, None, f"slower: {least_s:.3g} s or more", runnable)
-        if bound.least_bytes(plan) > self._budget:
-            return Candidate(plan, None, f"memory: {_size(bound.least_bytes(plan))} or more", runnable)
-        lighter = self._without_need(plan)
-        if lighter is not None:
-            return Candidate(plan, None, f'slower than "{lighter}", which fits', runnable)
+        needless = self._needless(plan, bound)
+        if needless is not None:
+            return Candidate(plan, None, needless, runnable)
         if not runnable and self._known(plan) is None:
-            return Candidate(plan, None, f"cannot be run yet: {least_s:.3g} s or more", runnable)
+            return Candidate(plan, None, f"cannot be run yet: {self._least_s(plan, bound):.3g} s or more", runnable)
         try:
             prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
@@ -240,6 +268,16 @@ class _Search:
         if runnable:
             self._best = min(self._best, prediction.step_s)
         return Candidate(plan, prediction, None, runnable)
+
+    def _needless(self, plan: Plan, bound: _Bound) -> str | None:
+        """Why the plan need not be asked, if that is known."""
+        least_s, least_bytes = self._least_s(plan, bound), bound.least_bytes(plan)
+        if least_s >= self._best * (1 + INDISTINCT):
+            return f"slower: {least_s:.3g} s or more"
+        if least_bytes > self._budget:
+            return f"memory: {_size(least_bytes)} or more"
+        lighter = self._without_need(plan)
+        return None if lighter is None else f'slower than "{lighter}", which fits'
 
     def _least_s(self, plan: Plan, bound: _Bound) -> float:
         """What the plan takes at the least: as much as what does less than it."""
@@ -282,6 +320,10 @@ class _Bound:
         if plan.distribute_low_prec_param:  # then weights in low precision, which are among them, come and go
             activations = max(self.kept, activations - self.memory.parameters)
         return stored + max(activations, self.memory.parameters / spread)
+
+    def fits(self, plan: Plan, budget_bytes: float) -> bool:
+        """Whether a plan that computes nothing again will fit, by all appearances."""
+        return plan.recompute == "none" and self.least_bytes(plan) <= budget_bytes
 
 
 @dataclass(frozen=True, slots=True)

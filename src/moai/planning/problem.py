@@ -6,7 +6,8 @@ In: a captured step, devices or a description of them, what the script and the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -21,6 +22,7 @@ from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Step
 from moai.plan.timings import Described, Timings
 from moai.plan.work import Held, Observation
+from moai.planning.observers import two_observers
 from moai.platform.device import Device
 from moai.profiling import store
 
@@ -38,10 +40,17 @@ def timings(cluster: Cluster, profile: Profile | None) -> Timings:
     return Described(cluster) if profile is None else Profiled(profile, cluster)
 
 
-def step(graph: StepGraph, given: Sequence[Placement | None] | None = None) -> Step:
+def step(graph: StepGraph, given: Sequence[Placement | None]) -> Step:
     """The step to plan for. What is observed of it is observed once, whatever is asked."""
-    given = [None] * len(graph.inputs) if given is None else given
-    return Step(_observing(graph, given), global_batch(graph, given), tokens(graph))
+    return Step(cache(_observing(graph, given)), global_batch(graph, given), tokens(graph))
+
+
+@contextmanager
+def step_for_two(graph: StepGraph) -> Iterator[Step]:
+    """The same of a step that nothing is on the devices for, with a second process that observes."""
+    given = [None] * len(graph.inputs)
+    with two_observers(_observing(graph, given)) as (observe, expect):
+        yield Step(cache(observe), global_batch(graph, given), tokens(graph), expect)
 
 
 def batch_sizes(graph: StepGraph) -> list[int]:
@@ -53,7 +62,7 @@ def batch_sizes(graph: StepGraph) -> list[int]:
 
 def _observing(graph: StepGraph, given: Sequence[Placement | None]) -> Observe:
     find: Callable[[Plan], Observation] = lambda plan: observe(graph, plan, given)  # noqa: E731
-    return cache(find if graph.trains else lambda plan: _with_states(find(plan)))
+    return find if graph.trains else lambda plan: _with_states(find(plan))
 
 
 def _with_states(found: Observation) -> Observation:

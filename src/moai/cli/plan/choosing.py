@@ -16,7 +16,7 @@ from moai.cli.plan.request import Target
 from moai.dry.session import Captured
 from moai.plan.options import Options
 from moai.plan.plan import Plan
-from moai.plan.search import Candidate, Choice, NoPlan, search
+from moai.plan.search import Candidate, Choice, NoPlan, Step, search
 from moai.plan.space import Allowed
 from moai.plan.timings import Timings
 from moai.planning import problem
@@ -39,13 +39,12 @@ class Chosen:
 
 
 class Planner:
-    """Plans for one captured step. What is observed of it is observed once, whatever is asked."""
+    """Plans for one captured step."""
 
-    def __init__(self, captured: Captured, restricted: Mapping[str, Any]) -> None:
-        self.captured = captured
-        self._options = captured.options
-        self._restricted = restricted
-        self._step = problem.step(captured.graph)
+    def __init__(self, step: Step, options: Options | None, restricted: Mapping[str, Any]) -> None:
+        self._step = step
+        self._options = options
+        self.restricted = restricted
 
     def choose(self, target: Target, more: Mapping[str, Any] | None = None, until: float = float("inf")) -> Choice:
         """The best plan that has the restricted keys, and those of `more`. Raises NoPlan, and TimeoutError when
@@ -55,7 +54,7 @@ class Planner:
             if time.monotonic() > until:
                 raise TimeoutError
 
-        fixed = {**self._restricted, **(more or {})}
+        fixed = {**self.restricted, **(more or {})}
         precision = fixed.pop("precision", None) or _precision(self._options, target)
         if level := fixed.pop("recompute", None):
             fixed["recompute"] = (level,)
@@ -74,7 +73,7 @@ class Planner:
     def fits(self, target: Target, until: float) -> bool:
         """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
         try:
-            self.choose(target, {} if "recompute" in self._restricted else {"recompute": "full"}, until)
+            self.choose(target, {} if "recompute" in self.restricted else {"recompute": "full"}, until)
         except NoPlan:
             return False
         return True
@@ -101,12 +100,18 @@ def choose(
 ) -> Chosen:
     """The plan for `target`. `others`: the same hardware in other sizes, the smallest first. Raises AcceleratorError
     where there is no plan, which says what would do."""
-    planner = Planner(captured, restricted)
+    with problem.step_for_two(captured.graph) as step:
+        return _chosen(Planner(step, captured.options, restricted), captured, target, others, why)
+
+
+def _chosen(
+    planner: Planner, captured: Captured, target: Target, others: Sequence[Target], why: Mapping[str, Any] | None
+) -> Chosen:
     try:
         choice = planner.choose(target)
     except NoPlan as error:
         larger = [t for t in others if t.cluster.n_devices > target.cluster.n_devices]
-        advice = _advice(planner, larger, bool(restricted))
+        advice = _advice(planner, larger)
         raise AcceleratorError(f"{target.name}: {error.reason.removesuffix('.')}.{advice}") from None
     smallest = None
     if target.is_flavor:
@@ -117,7 +122,7 @@ def choose(
     return Chosen(choice, target, captured, name, _alternative(planner, choice, target, why))
 
 
-def _advice(planner: Planner, larger: Sequence[Target], restricted: bool) -> str:
+def _advice(planner: Planner, larger: Sequence[Target]) -> str:
     """What else could be done where no plan fits."""
     try:
         found = _smallest(planner, larger)
@@ -125,7 +130,7 @@ def _advice(planner: Planner, larger: Sequence[Target], restricted: bool) -> str
         return ""
     if found is not None:
         return f" The smallest size that would do: {found.name}."
-    return " Without --set there may be one." if restricted else f" Nor would {larger[-1].name} do."
+    return " Without --set there may be one." if planner.restricted else f" Nor would {larger[-1].name} do."
 
 
 def _smallest(planner: Planner, targets: Sequence[Target]) -> Target | None:
