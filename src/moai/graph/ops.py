@@ -29,6 +29,11 @@ _lib.define(
 # aten.bmm with any number of batch dims, the same of both: [..., M, K] times [..., K, N].
 _lib.define("matmul(Tensor self, Tensor other) -> Tensor")
 
+# Rows times the matrix that each is for, of `weights` [E, K, M] by `ids` [N]: [N, K] -> [N, M]; and, as its backward to
+# the weights, the sums over each one's rows of their outer products: [N, K], [N, M] -> [E, K, M].
+_lib.define("rows_mm(Tensor self, Tensor weights, Tensor ids) -> Tensor")
+_lib.define("rows_outer(Tensor self, Tensor other, Tensor ids, int n) -> Tensor")
+
 # Random numbers: rows [start, start + size[0]) of a tensor whose row r depends on (seed, start + r) alone, so that
 # every split along dim 0 draws the same numbers. kind: uniform [a, b), normal (mean a, std b), bernoulli (p = a),
 # randint [a, b), exponential (rate a).
@@ -152,6 +157,31 @@ def _matmul(self, other):
     return torch.bmm(self.flatten(0, -3), other.flatten(0, -3)).unflatten(0, self.shape[:-2])
 
 
+def _rows_mm(self, weights, ids):
+    order, ends = _sorted(ids, weights.shape[0])
+    product = aten._grouped_mm(self[order], weights, ends)
+    return torch.empty_like(product).index_copy_(0, order, product)
+
+
+def _rows_outer(self, other, ids, n):
+    order, ends = _sorted(ids, n)
+    return aten._grouped_mm(self[order].t(), other[order], ends)
+
+
+def _sorted(ids, n):
+    """The order that brings together what is equal, and where each of 0, ..., n - 1 ends in it."""
+    together, order = ids.sort(stable=True)
+    return order, torch.searchsorted(together, torch.arange(n, device=ids.device), right=True, out_int32=True)
+
+
+def _rows_mm_meta(self, weights, ids):
+    return self.new_empty((self.shape[0], weights.shape[2]))
+
+
+def _rows_outer_meta(self, other, ids, n):
+    return self.new_empty((n, self.shape[1], other.shape[1]))
+
+
 def _random(size, kind, a, b, seed, start, dtype):
     return random_rows(size, kind, a, b, seed, start, dtype, torch.device("cpu"))
 
@@ -204,6 +234,8 @@ def _as_strided_scatter(base, base_stride, src, size, stride, offset):
 for _name, _fn in {
     "sdpa": _sdpa,
     "sdpa_backward": _sdpa_backward,
+    "rows_mm": _rows_mm,
+    "rows_outer": _rows_outer,
     "multinomial": _multinomial,
     "as_strided": _as_strided,
     "as_strided_scatter": _as_strided_scatter,
@@ -212,6 +244,8 @@ for _name, _fn in {
     _lib.impl(_name, _fn, "CUDA")
 _lib.impl("sdpa", _sdpa_meta, "Meta")
 _lib.impl("sdpa_backward", _sdpa_backward_meta, "Meta")
+_lib.impl("rows_mm", _rows_mm_meta, "Meta")
+_lib.impl("rows_outer", _rows_outer_meta, "Meta")
 _lib.impl("matmul", _matmul, "CompositeExplicitAutograd")
 _lib.impl("random", _random, "CompositeExplicitAutograd")
 _lib.impl("randperm", _randperm, "CompositeExplicitAutograd")

@@ -54,11 +54,11 @@ _NEED_DENSE = frozenset({aten.view_as_complex.default, aten.view.dtype})
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format", "implicit")
 
 
-def canonical(graph: StepGraph) -> tuple[list[Node], tuple[TensorType, ...], list[int]]:
+def canonical(graph: StepGraph) -> tuple[list[Node], list[TensorType], list[int]]:
     """The nodes, the types of all values (there may be more than the graph's), and the ids of the graph's outputs."""
     walk = _Walk(graph)
     outputs = [walk.same.get(o.id, o.id) for o in graph.outputs]
-    return needed(walk.nodes, outputs), tuple(walk.types), outputs
+    return needed(walk.nodes, outputs), walk.types, outputs
 
 
 def needed(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:

@@ -37,6 +37,7 @@ _TAKEN_APART = {
 PRODUCTS = frozenset(
     {
         aten.mm.default, aten.bmm.default, aten.mv.default, torch.ops.moai.matmul.default, aten._grouped_mm.default,
+        torch.ops.moai.rows_mm.default, torch.ops.moai.rows_outer.default,
         *_TAKEN_APART,
     }
 )  # fmt: skip

@@ -23,6 +23,7 @@ from moai.lower.check import check
 from moai.lower.cleanup import uses, without_dead, without_repetitions
 from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.dropped import with_own_views
+from moai.lower.experts import without_sorts
 from moai.lower.inplace import in_place
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
@@ -122,10 +123,12 @@ class Spelled:
     once: int
 
 
-def spelled(graph: StepGraph, precision: Precision | None, recompute: Recompute) -> Spelled:
-    """What lowering begins with."""
-    nodes, plain, outputs = canonical(graph)
-    nodes, types = in_precision(nodes, plain, graph.inputs, outputs, precision)
+def spelled(graph: StepGraph, precision: Precision | None, recompute: Recompute, splits_samples: bool) -> Spelled:
+    """What lowering begins with. `splits_samples`: whether devices or micro-batches share the batch."""
+    nodes, types, outputs = canonical(graph)
+    if splits_samples:
+        nodes, types, outputs = without_sorts(nodes, types, outputs)
+    nodes, types = in_precision(nodes, types, graph.inputs, outputs, precision)
     once = len(types)
     nodes, types = recomputed(nodes, types, graph.inputs, outputs, recompute, None)
     return Spelled(nodes, types, outputs, once)
@@ -134,7 +137,7 @@ def spelled(graph: StepGraph, precision: Precision | None, recompute: Recompute)
 def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], begun: Spelled | None = None) -> Lowered:
     """All nodes of `graph`, one by one. `plan` is `fitted`; `begun`: its `spelled`, if that is at hand."""
     mesh = plan.mesh
-    begun = begun or spelled(graph, plan.precision, plan.recompute)
+    begun = begun or spelled(graph, plan.precision, plan.recompute, plan.splits_samples)
     nodes, types, outputs, once = list(begun.nodes), list(begun.types), begun.outputs, begun.once
     if plan.distribute_low_prec_param:
         nodes, types = with_own_views(nodes, types, graph.inputs)

@@ -42,13 +42,14 @@ moai = torch.ops.moai
 _FP64: Retyped = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 
+_OF_GROUPS = frozenset({aten._grouped_mm.default, moai.rows_mm.default, moai.rows_outer.default})
 # Products, with the position of a factor whose last dim is contracted (None: it is not known to be one).
 _PRODUCTS: dict[torch._ops.OpOverload, int | None] = {
     **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.mv.default), 0),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default, aten.addmv.default), 1),
     **dict.fromkeys(
         (
-            aten._grouped_mm.default, aten.convolution.default, aten.convolution_backward.default,
+            *_OF_GROUPS, aten.convolution.default, aten.convolution_backward.default,
             moai.sdpa.default, moai.sdpa_backward.default,
         )
     ),
@@ -102,7 +103,7 @@ _FP32_ALWAYS = frozenset(
     {
         moai.random.default, moai.multinomial.default, moai.as_strided_scatter.default, aten.view.dtype,
         aten._amp_foreach_non_finite_check_and_unscale.default, aten._amp_update_scale.default,
-        aten._grouped_mm.default,
+        *_OF_GROUPS,
     }
 )  # fmt: skip
 
@@ -267,7 +268,7 @@ class _Kinds:
     def _gains(self, node: Node) -> bool:
         """Whether a product is faster in bf16, and possible. A product over one entry is no reduction: libraries write
         so the angles of rotary embeddings, positions times frequencies, and bf16 cannot count to 257."""
-        if node.op is aten._grouped_mm.default:
+        if node.op in _OF_GROUPS:
             groups = next(t for t in (*refs(node.args), Ref(node.outs)) if len(self._types[t.id].shape) == 3)
             aligned = all(size % 8 == 0 for size in self._types[groups.id].shape[1:])
             return aligned and not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))

@@ -52,7 +52,9 @@ class _Known:
 
     @staticmethod
     def of(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> _Known:
-        found = lowered(graph, plan, given, _spelled(Identical(graph), plan.precision, plan.recompute))
+        found = lowered(
+            graph, plan, given, _spelled(Identical(graph), plan.precision, plan.recompute, plan.splits_samples)
+        )
         batch = [slot.id for slot, each in zip(found.program.inputs, graph.inputs, strict=True) if each.batch]
         program, phases = found.program, found.phases
         fresh, coming = _fresh_states(graph, phases, program)
@@ -60,9 +62,9 @@ class _Known:
 
 
 @lru_cache(maxsize=9)
-def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute) -> Spelled:
+def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute, splits_samples: bool) -> Spelled:
     """Kept for the next plan: of three depths, three levels."""
-    return spelled(identical.graph, precision, recompute)
+    return spelled(identical.graph, precision, recompute, splits_samples)
 
 
 @without_collections()

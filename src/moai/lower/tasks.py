@@ -230,6 +230,9 @@ _PRODUCTS: dict[str, Callable[[Sequence[Any], Shape], tuple[float, ...]]] = {
     "matmul": lambda args, out: _plain(args[0], out),
     "addmm": lambda args, out: _plain(args[1], out),
     "baddbmm": lambda args, out: _plain(args[1], out),
+    "_grouped_mm": lambda args, out: (*out[-2:], args[0][-1], args[0][0] if len(args[0]) == 3 else 1),
+    "rows_mm": lambda args, out: (*out, args[0][-1], 1),
+    "rows_outer": lambda args, out: (*out[-2:], args[0][0], 1),
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
 }

@@ -47,6 +47,16 @@ def _embedding_backward(grad: Laid, *_: Any) -> int:
     return grad.nbytes
 
 
+def _rows_mm(x: Laid, weights: Laid, ids: Laid) -> int:
+    """Rows are sorted by their matrices, and so is what comes out at first."""
+    made = x.shape[0] * weights.shape[-1] * x.dtype.itemsize
+    return x.nbytes + made + 2 * ids.nbytes
+
+
+def _rows_outer(x: Laid, y: Laid, ids: Laid, n: int) -> int:
+    return x.nbytes + y.nbytes + 2 * ids.nbytes
+
+
 def _product(*tensors: Any) -> int:
     """In halves, transposed factors are copied."""
     halves = [x for x in tensors if isinstance(x, Laid) and x.dtype.itemsize == 2 and len(x.shape) > 1]
@@ -85,6 +95,8 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
     "moai.sdpa_backward.default": _sdpa_backward,
     "moai.embedding.default": _embedding,
     "moai.embedding_backward.default": _embedding_backward,
+    "moai.rows_mm.default": _rows_mm,
+    "moai.rows_outer.default": _rows_outer,
     "aten.sum.dim_IntList": _sum,
     "aten.mm.default": _product,
     "aten.mm.out": _product,

@@ -71,6 +71,11 @@ class Plan:
         return tuple(name for name, _ in self.mesh.axes if name != "tp")
 
     @property
+    def splits_samples(self) -> bool:
+        """Whether no device sees the whole batch at once."""
+        return self.dp * self.micro > 1
+
+    @property
     def shard_axis(self) -> str:
         """The mesh axis that sharded states are spread over."""
         return "dp" if self.shard in (None, self.dp) else "dp_shard"

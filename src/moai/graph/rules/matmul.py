@@ -60,11 +60,32 @@ def grouped(call: Call) -> Dims | None:
     return Dims((*factors, *groups), (dims(right, call.outputs[0]),), summed=frozenset("k"))
 
 
+def rows(equation: str) -> Rule:
+    """Of products of rows by the matrices that each is for, `g` rows: that loop needs no more than its own ones."""
+    left, right = equation.split("->")
+
+    def rule(call: Call) -> Dims:
+        width = _KERNEL_WIDTH // call.inputs[0].dtype.itemsize
+
+        def dims(term: str, tensor: TensorType) -> DimFactors:
+            lengths = zip(term, tensor.shape, strict=True)
+            return tuple(
+                "g" if f == "g" else Unit(f, width) if f in "mkn" and n % width == 0 else None for f, n in lengths
+            )
+
+        factors = tuple(map(dims, left.split(","), call.inputs))
+        return Dims(factors, (dims(right, call.outputs[0]),), summed=frozenset(left) - frozenset(right) - {",", "e"})
+
+    return rule
+
+
 RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.mm.default: einsum("mk,kn->mn"),
     aten.bmm.default: einsum("bmk,bkn->bmn"),
     torch.ops.moai.matmul.default: matmul,
     aten._grouped_mm.default: grouped,
+    torch.ops.moai.rows_mm.default: rows("gk,ekn,g->gn"),
+    torch.ops.moai.rows_outer.default: rows("gm,gn,g->emn"),
     aten.mv.default: einsum("mk,k->m"),
     aten.dot.default: einsum("k,k->"),
     aten.vdot.default: einsum("k,k->"),
