@@ -16,6 +16,14 @@ FIRST, SECOND, THIRD = Plan(dp=2), Plan(dp=4), Plan(dp=8)
 IMPOSSIBLE = Plan(dp=3)
 
 
+@pytest.fixture(autouse=True)
+def without_others(monkeypatch):
+    """Threads that other tests have left do nothing here."""
+    left = threading.active_count() - 1
+    count = threading.active_count
+    monkeypatch.setattr("moai.planning.observers.threading.active_count", lambda: count() - left)
+
+
 def who(plan):
     """Says which process was asked."""
     if plan == IMPOSSIBLE:

@@ -105,6 +105,13 @@ def test_a_step_that_fits_under_no_plan_is_refused_with_what_it_needs_and_what_t
     assert f"{os.sep}moai{os.sep}" not in done.stderr, "the error shows the platform's own files"
 
 
+def test_a_share_of_the_memory_that_is_none_is_a_plain_error_that_says_what_to_do(run):
+    done = run(MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO="eighty")
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("ValueError: MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO=eighty: ")
+    assert "from 1 to 100" in last and "unset it" in last and done.returncode == 1
+
+
 def test_the_table_of_candidates_goes_to_the_log_or_to_a_file(run, tmp_path):
     variable = "MOREH_ADVANCED_PARALLELIZATION_DETAILED_LOG"
     to_file = run(**{variable: "2"})

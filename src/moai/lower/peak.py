@@ -1,6 +1,7 @@
 """How much memory a device holds at most while it runs a Program.
 
-In: a Program, complete but for this. Out: bytes: of inputs, results, what kernels work in and what collectives send.
+In: a Program, complete but for this. Out: bytes: of inputs, results, what kernels work in and what collectives send;
+and what of them are gradients and activations, where it is said which values are.
 
 The device is the first one: nobody has larger parts (`split_evenly`). Of a loop it does two passes. The second, when
 sums over passes exist already, stands for all later ones, whose parts are no larger.
@@ -9,7 +10,7 @@ sums over passes exist already, stands for all later ones, whose parts are no la
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args
 from moai.lower import on_meta
@@ -25,16 +26,29 @@ _INTEGERS = {int}
 _effects: dict[Hashable, tuple[Any, int]] = {}
 _MOST = 1 << 14
 
+Kind = Literal["gradients", "activations", "others"]
+
+
+class Level(NamedTuple):
+    """Bytes that are held at a moment: in all, and what of them are gradients and activations."""
+
+    total: int
+    gradients: int = 0
+    activations: int = 0
+
 
 def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
     """`types`: those of the program's values."""
-    return max(map(max, levels(program, types)))
+    return max(map(max, levels(program, types))).total
 
 
-def levels(program: Program, types: Mapping[int, TensorType]) -> list[tuple[int, ...]]:
-    """The most that is held during each instruction, in each of its passes, and behind the last one."""
-    ledger = _Ledger(program, types)
-    found: list[tuple[int, ...]] = []
+def levels(
+    program: Program, types: Mapping[int, TensorType], kinds: Mapping[int, Kind] | None = None
+) -> list[tuple[Level, ...]]:
+    """The most that is held during each instruction, in each of its passes, and behind the last one. `kinds`: of
+    values, and of messages whose memory will be their results'; those that it does not have are others."""
+    ledger = _Ledger(program, types, kinds or {})
+    found: list[tuple[Level, ...]] = []
     begin = 0
     for index, instruction in enumerate(program.instructions):
         if instruction.op == "repeat":
@@ -59,20 +73,23 @@ def levels(program: Program, types: Mapping[int, TensorType]) -> list[tuple[int,
 class _Piece:
     """Memory that is freed at once, when nobody holds it any more."""
 
-    __slots__ = ("holders", "nbytes")
+    __slots__ = ("holders", "kind", "nbytes")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, kind: Kind | None = None) -> None:
         self.nbytes = nbytes
         self.holders = 0
+        self.kind = kind  # if none is given, that of who holds it first
 
 
 class _Ledger:
     """Who holds which memory. A list, and a collective under way, hold several pieces."""
 
-    def __init__(self, program: Program, types: Mapping[int, TensorType]) -> None:
+    def __init__(self, program: Program, types: Mapping[int, TensorType], kinds: Mapping[int, Kind]) -> None:
         self.step = 0
-        self._level = 0
+        self._level = Level(0)
         self._now = 0
+        self._kinds = kinds
+        self._of: dict[Kind, int] = {"gradients": 0, "activations": 0, "others": 0}
         self._program = program
         self._mesh = program.mesh
         self._types = types
@@ -83,10 +100,17 @@ class _Ledger:
         for slot in program.inputs:
             self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
-    def level(self) -> int:
+    def level(self) -> Level:
         """The most that was held since this was asked last."""
-        found, self._level = self._level, self._now
+        found, self._level = self._level, self._present(self._now)
         return found
+
+    def _present(self, total: int) -> Level:
+        return Level(total, self._of["gradients"], self._of["activations"])
+
+    def _reach(self, total: int) -> None:
+        if total > self._level.total:
+            self._level = self._present(total)
 
     # -- pieces
 
@@ -94,9 +118,11 @@ class _Ledger:
         """`id_` holds `pieces`, and what it held before no more."""
         for piece in pieces:
             if not piece.holders:
+                piece.kind = piece.kind or self._kinds.get(id_, "others")
                 self._now += piece.nbytes
+                self._of[piece.kind] += piece.nbytes
             piece.holders += 1
-        self._level = max(self._level, self._now)
+        self._reach(self._now)
         old, self._held[id_] = self._held.get(id_, []), list(pieces)
         self._release(old)
 
@@ -105,13 +131,14 @@ class _Ledger:
             piece.holders -= 1
             if not piece.holders:
                 self._now -= piece.nbytes
+                self._of[piece.kind or "others"] -= piece.nbytes
 
     def _fresh(self, id_: int, laid: Laid) -> None:
         self._laid[id_] = laid
         self._hold(id_, _Piece(laid.nbytes))
 
     def _working(self, nbytes: int) -> None:
-        self._level = max(self._level, self._now + nbytes)
+        self._reach(self._now + nbytes)
 
     def free(self, instruction: Instruction) -> None:
         """What the instruction frees."""
@@ -224,7 +251,7 @@ class _Ledger:
         found, laid = self._footprint(instruction.op.removesuffix("_start"), xs, axes, rest[0] if rest else ())
         message = _Piece(sum(x.nbytes for x in laid)) if found.early else _Piece(0)
         self._footprints[handle], self._results[handle] = found, laid
-        self._hold(handle, _Piece(found.held), message)
+        self._hold(handle, _Piece(found.held, "others"), message)
 
     def _wait(self, instruction: Instruction) -> None:
         handle = instruction.args[0].id

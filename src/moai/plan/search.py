@@ -317,8 +317,6 @@ class _Bound:
         spread = plan.dp if plan.distribute_param else 1
         stored = (self.memory.parameters + self.memory.states) / spread
         activations = self.memory.activations if plan.recompute == "none" else self.kept
-        if plan.distribute_low_prec_param:  # then weights in low precision, which are among them, come and go
-            activations = max(self.kept, activations - self.memory.parameters)
         return stored + max(activations, self.memory.parameters / spread)
 
     def fits(self, plan: Plan, budget_bytes: float) -> bool:

@@ -63,8 +63,9 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the moment when it holds the most. `activations`: what the backward of one micro-batch
-    reads, and what is held on the way; `buffers`: messages and what kernels work in."""
+    """Bytes on one device at the moment when it holds the most. `gradients`: of parameters, as far as they are there;
+    `activations`: what the backward of one micro-batch reads, and what is held on the way; `buffers`: messages, copies
+    of parameters (gathered, or in another precision), and what kernels work in."""
 
     parameters: float = 0.0
     gradients: float = 0.0
@@ -148,11 +149,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """Bytes on a device at each of many places of a step: `total`, and what of it are `gradients`. At all of them there
-    are `parameters`, of which so many bytes come `before` the layers, and `states` that only the optimizer reads."""
+    """Bytes on a device at each of many places of a step, in the order of time: `total`, and what of it are `gradients`
+    and `activations`. At all of them there are `parameters`, of which so many bytes come `before` the layers, and
+    `states` that only the optimizer reads. The rest are buffers."""
 
     total: np.ndarray
     gradients: np.ndarray
+    activations: np.ndarray
     parameters: float
     states: float
     before: float
@@ -187,5 +190,6 @@ class Observation:
 
 
 def _memory(held: Held, place: int) -> Memory:
-    total, gradients = float(held.total[place]), float(held.gradients[place])
-    return Memory(held.parameters, gradients, held.states, total - gradients - held.parameters - held.states)
+    total, gradients, activations = (float(x[place]) for x in (held.total, held.gradients, held.activations))
+    buffers = total - held.parameters - gradients - held.states - activations
+    return Memory(held.parameters, gradients, held.states, activations, buffers)

@@ -1,6 +1,6 @@
 """What a person asks of `moai plan`, checked before anything is run.
 
-In: options and arguments as text. Out: a `Request`; ValueError or AcceleratorError, in one line, for what cannot be.
+In: options and arguments as text. Out: a `Request`; AcceleratorError, in one line, for what cannot be.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def of(
     """The request; see the module's docstring."""
     if script is not None:
         check_script(script)
-    target = _target(flavor, cluster, environ)
+    try:
+        target = _target(flavor, cluster, environ)
+    except ValueError as error:
+        raise AcceleratorError(str(error)) from None
     n = target.cluster.n_devices
     fixed = _keys(",".join(restricted), n, "--set") if restricted else {}
     wanted = _keys(why, n, "--why") if why is not None else None

@@ -175,7 +175,7 @@ class Deep:
         more = levels(self._program(self._next), self._typed(self._next))
         places = [*self._layers.positions(1), len(more) - 1]
         return max(
-            here + (there - here) * self._deeper
+            here.total + (there.total - here.total) * self._deeper
             for at, moved in enumerate(places)
             for here, there in zip(known[at], more[moved], strict=True)
         )
