@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,13 +21,13 @@ from moai.lower.depth.steps import Identical, with_units
 from moai.lower.inputs import global_batch
 from moai.lower.lowering import Spelled, fitted, lowered, spelled
 from moai.lower.operators import BUILTINS, is_view
-from moai.lower.peak import levels
+from moai.lower.peak import levels, peak_bytes
 from moai.lower.program import Instruction, Program
-from moai.lower.tasks import bounds, shapes_of, tasks
+from moai.lower.tasks import bounds, shapes_of, tasks, tasks_at
 from moai.lower.unhindered import without_collections
 from moai.lower.values import largest_part
 from moai.plan.plan import Plan, Precision, Recompute
-from moai.plan.work import Held, Observation, Work
+from moai.plan.work import Held, Observation, Task, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them.
 _UNITS = 3
@@ -81,6 +81,29 @@ def observe(
     here, there = (_Known.of(each.graph, plan, each.given) for each in (few, more))
     less, greater = (_work(known, samples, fused) for known in (here, there))
     return Observation(less, greater, _held(here), _held(there), _handed(here), _UNITS, few.deeper)
+
+
+@dataclass(frozen=True, slots=True)
+class FewLayers:
+    """A step with few layers, to be run. `at`: for each instruction, the position in `tasks` of the one that its time
+    is a part of, if there is one."""
+
+    program: Program
+    tasks: Sequence[Task]
+    at: Sequence[int | None]
+
+
+def few_layers(graph: StepGraph, plan: Plan) -> FewLayers:
+    """The program whose costs stand for the step's, or the step's own if it has no layers to spare.
+
+    Raises PlanError and RuntimeError as `lower` does.
+    """
+    given: list[Placement | None] = [None] * len(graph.inputs)
+    plan = fitted(graph, plan, given)
+    few = with_units(graph, given, _UNITS)
+    known = _Known.of(graph, plan, given) if few is None else _Known.of(few.graph, plan, few.given)
+    program = replace(known.program, peak_bytes=peak_bytes(known.program, known.types))
+    return FewLayers(program, *tasks_at(program, known.types, known.phases))
 
 
 def _work(known: _Known, samples: float, fused: bool) -> Work:
