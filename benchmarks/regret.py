@@ -48,7 +48,7 @@ from moai.profiling.stopwatch import Stopwatch
 from moai.runtime.accelerator import Accelerator
 
 # All plans take their turns so many times, which are far apart: what disturbs one turn spares the other.
-ROUNDS = 3
+ROUNDS = 4
 _RUNS = 2
 HOW = ("layers", "profiled", "described")
 _ALL, _ALL_MEMORY = Allowed(), 1 << 50

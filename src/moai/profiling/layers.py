@@ -9,6 +9,7 @@ step, and a message is waited for as long as it is there.
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,15 +27,21 @@ from moai.plan.work import MESSAGES
 from moai.profiling.stopwatch import Stopwatch
 from moai.runtime.accelerator import Accelerator
 
-# All shapes take their turns so many times: what disturbs one turn spares the other.
-ROUNDS = 2
+# All shapes take their turns so many times, of so many runs each: what disturbs one turn spares the others.
+ROUNDS = 3
 RUNS = 3
+# No further turns are begun after so long.
+_SECONDS = 60.0
 # Of more shapes, so many are run: in between, a task is as much faster or slower as the nearest one.
 _MOST = 24
 
 
+# Seconds of each instruction, by device.
+_Devices = Sequence[Sequence[float]]
+
+
 class LayerMeasurement:
-    """`steps`: how many programs there are to run; `run` times them."""
+    """`steps`: how many turns there are to take, at the most; `run` takes them."""
 
     def __init__(
         self, accelerator: Accelerator, graph: StepGraph, precision: Precision | None, watch: Stopwatch | None = None
@@ -52,20 +59,27 @@ class LayerMeasurement:
 
     def run(self, advance: Callable[[], None] = lambda: None) -> tuple[TimedTask, ...]:
         """Calls `advance` after every step. RuntimeError if a worker fails."""
-        fastest: dict[int, list[tuple[float, ...]]] = {}
-        for _ in range(ROUNDS):
-            for number, few in enumerate(self._programs):
-                found = self._watch.of_instructions(few.program, made_up(few.program))
-                fastest[number] = min(found, fastest.get(number, found), key=lambda devices: max(map(sum, devices)))
-                advance()
+        begin = time.monotonic()
+        fastest = self._turns(advance)
+        for _ in range(ROUNDS - 1):
+            if time.monotonic() - begin < _SECONDS:
+                fastest = [min(pair, key=_slowest) for pair in zip(fastest, self._turns(advance), strict=True)]
         self._accelerator.forget()
         seconds: dict[TimedTask, list[float]] = defaultdict(list)
-        for number, few in enumerate(self._programs):
-            for which, mean in self._of_program(few, fastest[number]).items():
+        for few, devices in zip(self._programs, fastest, strict=True):
+            for which, mean in self._of_program(few, devices).items():
                 seconds[which].append(mean)
         return tuple(which._replace(seconds=statistics.median(times)) for which, times in seconds.items())
 
-    def _of_program(self, few: FewLayers, devices: Sequence[Sequence[float]]) -> dict[TimedTask, float]:
+    def _turns(self, advance: Callable[[], None]) -> list[_Devices]:
+        """Of each program what its instructions take the devices."""
+        found: list[_Devices] = []
+        for few in self._programs:
+            found.append(self._watch.of_instructions(few.program, made_up(few.program)))
+            advance()
+        return found
+
+    def _of_program(self, few: FewLayers, devices: _Devices) -> dict[TimedTask, float]:
         """What each task takes, on average over the places where it is, and over devices: they wait for each other, so
         that together they are as fast as the average."""
         taken = [0.0] * len(few.tasks)
@@ -81,6 +95,11 @@ class LayerMeasurement:
                 which = timed(task, 0.0, mesh.sizes.get(task.axis, 1))
                 found[which].append(seconds / (mesh.steps if task.looped else 1))
         return {which: statistics.mean(times) for which, times in found.items()}
+
+
+def _slowest(devices: _Devices) -> float:
+    """Seconds of a run."""
+    return max(map(sum, devices))
 
 
 def _shapes(n_devices: int, batch: int, precision: Precision | None) -> Iterator[Plan]:
