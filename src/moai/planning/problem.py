@@ -39,8 +39,8 @@ def timings(cluster: Cluster, profile: Profile | None) -> Timings:
 
 
 def timed_share(step: Step, plan: Plan, timings: Timings, cluster: Cluster) -> float:
-    """Of the time of the step's layers under `plan`, what was timed in layers of this very model, from 0 to 1; 0 for less
-    than half: some tasks of every model are those of another one."""
+    """Of the time of the step's layers under `plan`, what was timed in layers of this very model, from 0 to 1; 0 for
+    less than half: some tasks of every model are those of another one."""
     if not isinstance(timings, Profiled) or not timings.has_tasks:
         return 0.0
     share = timings.timed_share(step.observe(plan).more, groups(plan, cluster))
