@@ -1,12 +1,14 @@
 """Does the planner choose the best plan of this machine? `python -m benchmarks.regret`
 
 Small models' training steps are run under every plan that there is for 1, 2 and 4 CPU workers (fewer with --devices),
-and each is predicted, with the profile of these workers ("profiled"; it is measured first where there is none) and with
-the description of a CPU alone ("described"). A step's time is that of later steps, whose optimizer has its states, by
-the devices' own clocks: of each device's fastest run. Nothing is compiled. Figures by model and number of devices:
+and each is predicted: with what layers of the model take in their place ("layers"), with the general profile of these
+workers ("profiled"; it is measured first where there is none) and with the description of a CPU alone ("described"). A
+step's time is that of later steps, whose optimizer has its states, by the devices' own clocks: of each device's fastest
+run. Nothing is compiled. Figures by model and number of devices:
 
 - `plans`: of each plan its text, the seconds `measured`, and those predicted.
 - `chosen`, `regret`: what the planner takes, and its measured time over that of the fastest plan.
+  What `regret` sums up to over models, less 1 each, says what a way to predict is worth.
 - `rank`: Spearman's correlation of predicted and measured times; `error`: the mean of |predicted / measured - 1|;
   `bias`: the median of predicted / measured.
 """
@@ -18,6 +20,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,13 +42,15 @@ from moai.plan.timings import Described, Timings
 from moai.platform import clusters, pool
 from moai.platform.device import Device
 from moai.profiling import store
+from moai.profiling.layers import LayerMeasurement
 from moai.profiling.measuring import STANDARD, Measurement
 from moai.profiling.stopwatch import Stopwatch
 from moai.runtime.accelerator import Accelerator
 
 # All plans take their turns so many times, which are far apart: what disturbs one turn spares the other.
-ROUNDS = 2
-_RUNS = 3
+ROUNDS = 4
+_RUNS = 2
+HOW = ("layers", "profiled", "described")
 _ALL, _ALL_MEMORY = Allowed(), 1 << 50
 _COMMON = {"bos_token_id": 0, "eos_token_id": 0}
 MODELS = {
@@ -157,7 +162,13 @@ def figures_of(steps: Steps, devices: Sequence[Device], most: int | None) -> dic
     accelerator = Accelerator(devices)
     try:
         profile = profile_of(accelerator, devices)
-        timings: dict[str, Timings] = {"profiled": Profiled(profile, cluster), "described": Described(cluster)}
+        _say("measuring layers")
+        tasks = LayerMeasurement(accelerator, steps.first, None).run()
+        timings: dict[str, Timings] = {
+            "layers": Profiled(replace(profile, tasks=tasks), cluster),
+            "profiled": Profiled(replace(profile, tasks=()), cluster),
+            "described": Described(cluster),
+        }
         chosen = {how: predictions.best(each)[0] for how, each in timings.items()}
         wanted = _some(list(plans(len(devices), predictions.batch)), most)
         measured = measure(steps, list(dict.fromkeys([*chosen.values(), *wanted])), accelerator)
@@ -206,12 +217,24 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The summaries as Markdown."""
     rows = []
     for name, each in figures.items():
-        for how in ("profiled", "described"):
+        for how in HOW:
             s = each[how]
             shown = [f"{s['regret']:.3f}", f"{s['rank']:.2f}", f"{s['error']:.0%}", f"{s['bias']:.2f}"]
             rows.append([name, str(len(each["plans"])), how, s["chosen"], *shown, s["best"]])
     head = ["model", "plans", "predicted with", "chosen", "its time / the best", "rank correlation", "mean error"]
     return results.markdown([*head, "predicted / measured", "the best"], rows)
+
+
+def pooled(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each way to predict costs in all: how much longer the chosen plans take than the best, and mean errors."""
+    rows = []
+    for how in HOW:
+        of_all = [each[how] for each in figures.values()]
+        lost = sum(s["regret"] - 1 for s in of_all)
+        rank, error = (statistics.mean(s[name] for s in of_all) for name in ("rank", "error"))
+        rows.append([how, f"{lost:.3f}", f"{rank:.2f}", f"{error:.0%}"])
+    head = ["predicted with", "(its time / the best - 1), summed", "mean rank correlation", "mean error"]
+    return results.markdown(head, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _say(f"{name} on {n}")
                 found[f"{name}, {n}"] = figures_of(steps, pool.take(n), 6 if options.quick else None)
     others = neighbours.share()
-    text = f"{table(found)}\n\nOther programs took {others:.0%} of the machine's time."
+    text = f"{table(found)}\n\n{pooled(found)}\n\nOther programs took {others:.0%} of the machine's time."
     print(text)
     if options.json:
         results.write_json(options.json, {"by_model": found, "others_cpu": others, "run": machine})

@@ -20,6 +20,14 @@ def test_every_plan_that_can_be_run_is_measured_once() -> None:
     assert all(plan.n_devices == 2 and plan.pp == 1 for plan in found)
 
 
+def test_what_is_lost_is_summed_over_models() -> None:
+    one = {how: {"regret": 1.25, "rank": 0.5, "error": 0.1} for how in regret.HOW}
+    two = {**one, "layers": {"regret": 1.0, "rank": 1.0, "error": 0.3}}
+    layers, *others = regret.pooled({"a": one, "b": two}).splitlines()[2:]
+    assert layers == "| layers | 0.250 | 0.75 | 20% |"
+    assert all("| 0.500 | 0.50 | 10% |" in row for row in others)
+
+
 def test_regret_is_the_chosen_plans_time_over_the_fastest_ones() -> None:
     a, b = parse("dp=2", 2), parse("tp=2", 2)
     found = regret.summary(a, {a: 1.0, b: 2.0}, {a: 3.0, b: 2.0})

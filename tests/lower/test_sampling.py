@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moai.graph.step_graph import StepGraph
-from moai.lower.sampling import observe
+from moai.lower.sampling import few_layers, observe
 from moai.plan.parse import parse
 from moai.plan.work import Sample, Work
 from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
@@ -55,3 +55,22 @@ def test_few_layers_tell_what_all_compute_and_hold_no_less_than_they_do(graph, m
         operations, held = of_all_layers(few)
         assert operations == pytest.approx(flops(whole.less), rel=1e-9), text
         assert 0.999 <= held / whole.less.memory.total <= 1.04, text
+
+
+def test_every_instructions_time_is_a_part_of_a_tasks(graph):
+    few = few_layers(graph, parse("dp=4,micro=2", 4))
+    code = few.program.instructions
+    assert len(few.at) == len(code) and set(few.at) == {*range(len(few.tasks)), None}
+    starts = {each.outs: few.at[i] for i, each in enumerate(code) if each.op.endswith("_start")}
+    waits = {each.args[0].id: few.at[i] for i, each in enumerate(code) if each.op == "wait"}
+    assert starts and waits == starts
+    views = [i for i, each in enumerate(code) if each.op == "aten.permute.default"]
+    assert views and all(few.at[i] == few.at[i + 1] for i in views)
+
+
+def test_states_that_the_first_step_makes_take_no_time_of_later_ones(graph):
+    few = few_layers(graph, parse("dp=4", 4))
+    states = {slot.id for slot in few.program.outputs if slot.replaces is None}
+    code = few.program.instructions
+    made = [few.at[i] for i, each in enumerate(code) if each.op == "aten.full.default" and each.outs in states]
+    assert made and set(made) == {None}

@@ -100,6 +100,20 @@ def test_a_whole_program_is_timed_on_zeros(accelerator):
     assert 0.0 < Stopwatch(accelerator, runs=2).of_program(step) < 1.0
 
 
+def test_every_instruction_of_a_program_is_timed_whose_input_is_gone_after_a_run(accelerator):
+    x = programs.f32(64, 64)
+    step = programs.program(
+        2,
+        [programs.slot(0, x, donated=True)],
+        [programs.slot(2, x)],
+        programs.op("aten.mm.default", Ref(0), Ref(0), outs=1, frees=(0,)),
+        programs.op("aten.add.Tensor", Ref(1), Ref(1), outs=2, frees=(1,)),
+    )
+    found = Stopwatch(accelerator, runs=2).of_instructions(step, [torch.zeros(64, 64)])
+    assert [len(device) for device in found] == [2, 2]
+    assert all(0.0 < seconds < 1.0 for device in found for seconds in device)
+
+
 def run_here(case):
     """Bytes that a case's body reads and writes, as plain PyTorch on this process's tensors; views do not count."""
     values = dict(enumerate(case.tensors))

@@ -156,6 +156,17 @@ def test_a_started_reduction_keeps_order_and_shapes(accelerator: OfSize, axes, d
     run(accelerator(4), xs, [totals(x, axes) for x in xs], start, wait)
 
 
+@over
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_large_sum_of_tensors_that_lie_apart_leaves_them_alone(accelerator: OfSize, axes, dtype) -> None:
+    xs = [numbers(2, 300_001, dtype=dtype), numbers(7, dtype=dtype)]
+    start = op("all_reduce_start", (Ref(0), Ref(1)), axes, outs=50)
+    wait = op("wait", Ref(50), outs=(100, 101), frees=(50,))
+    copies = [op("aten.clone.default", Ref(i), outs=102 + i) for i in (0, 1)]
+    expected = [*(totals(x, axes) for x in xs), *(list(x) for x in xs)]
+    run(accelerator(4), xs, expected, start, wait, *copies)
+
+
 def bucket_sum(x: int, bucket: tuple[int, int], handle: int, axes: tuple[str, ...], shape: Sequence[int]):
     """Value `x` and a few ones, put into a bucket and summed there: what begins it, and the wait."""
     n = len(shape)

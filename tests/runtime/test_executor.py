@@ -1,6 +1,7 @@
 """An executor runs one device's part of a program."""
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ import torch
 from moai.graph.placement import Mesh
 from moai.graph.step_graph import Ref, Scalar, TensorType
 from moai.lower.program import PerRank, Program
+from moai.runtime.clock import Clock
 from moai.runtime.executor import Executor, InstructionError
 from tests.runtime.programs import each, f32, mesh, op, program, slot, split
 
@@ -265,6 +267,18 @@ def test_passes_may_be_of_different_lengths_on_every_device() -> None:
     for rank, length in ((0, 3), (1, 2)):
         x = torch.randn(length, 2)
         assert torch.equal(both_ways(p, x, rank=rank)[0], x)
+
+
+def test_a_clock_tells_what_each_instruction_takes_in_all_passes() -> None:
+    e = Executor(sums(1, 20, 300, owned=False), 0, CPU, None, clock=Clock(CPU))
+    assert e.instruction_seconds() == ()
+    e.run([torch.ones(2)], [])  # the first run is checked, and tells nothing
+    assert e.instruction_seconds() == ()
+    begin = time.perf_counter()
+    e.run([torch.ones(2)], [])
+    whole = time.perf_counter() - begin
+    bound, multiplied, added, _ = e.instruction_seconds()
+    assert bound == 0.0 < min(multiplied, added) and multiplied + added < whole
 
 
 def test_a_later_loop_takes_what_an_earlier_one_collected_in_the_same_pass() -> None:

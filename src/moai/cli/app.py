@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import get_completion_class, shell_complete
@@ -18,6 +18,9 @@ from moai.cli import as_json, snapshot
 from moai.cli.command import FAILED, complain, run
 from moai.cli.plan.arguments import PlanCommand
 from moai.version import __version__
+
+if TYPE_CHECKING:
+    from moai.dry.messages import ModelStep
 
 PROGRAM = "moai"
 COMPLETE_VARIABLE = "_MOAI_COMPLETE"  # set by a shell that asks for completions, as Click's scripts do
@@ -72,22 +75,50 @@ def run_script(script: str, arguments: tuple[str, ...], plan: str | None, is_mod
     replace_process(script, arguments, plan, is_module, os.environ)
 
 
+def _naming_a_step(command: Any) -> Any:
+    """The options and the argument that name a training step: a script, or a model with its batch."""
+    for add in (
+        click.argument("script", nargs=-1, type=click.UNPROCESSED, metavar="[SCRIPT [ARGUMENTS]]"),
+        click.option("--verbose", is_flag=True, help="Show on stderr what SCRIPT prints."),
+        click.option(
+            "--timeout", default=PLAN_SECONDS, show_default=True, type=click.FloatRange(1), help="Seconds for SCRIPT."
+        ),
+        click.option("--dtype", type=click.Choice(DTYPES), help="With --model: of its weights, if not its config's."),
+        click.option("--block-size", type=click.IntRange(min=1), help="With --model: tokens of a sample."),
+        click.option("--batch-size", type=click.IntRange(min=1), help="With --model: samples of a step."),
+        click.option(
+            "--model", metavar="DIR|HUB_ID|FILE", help="Instead of SCRIPT: a model of transformers, by its config."
+        ),
+    ):
+        command = add(command)
+    return command
+
+
+def _step(
+    script: tuple[str, ...], model: str | None, batch_size: int | None, block_size: int | None, dtype: str | None
+) -> ModelStep | tuple[str, ...] | None:
+    """The step that is named, if one is. Raises UsageError."""
+    from moai.dry.messages import ModelStep
+
+    if script and model is not None:
+        raise click.UsageError("Give a SCRIPT or a --model, not both.")
+    if model is not None and (batch_size is None or block_size is None):
+        raise click.UsageError("--model needs --batch-size and --block-size.")
+    if model is None and (batch_size or block_size or dtype):
+        raise click.UsageError(
+            "--batch-size, --block-size and --dtype go with --model; the script's stand behind its name."
+        )
+    return (script or None) if model is None else ModelStep(model, batch_size or 0, block_size or 0, dtype)
+
+
 @moai.command("plan", cls=PlanCommand, context_settings={"help_option_names": ["--help"]})
-@click.option("--model", metavar="DIR|HUB_ID|FILE", help="Instead of SCRIPT: a model of transformers, by its config.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="With --model: samples of a step.")
-@click.option("--block-size", type=click.IntRange(min=1), help="With --model: tokens of a sample.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="With --model: of its weights, if not that of its config.")
+@_naming_a_step
 @click.option("--flavor", metavar="NAME", help="Where it would run, if not on the accelerator of this environment.")
 @click.option("--cluster", metavar="NAME[:N]|FILE", help="Where it would run: a description of hardware.")
 @click.option("--set", "restricted", metavar="KEY=VALUE", multiple=True, help="A key that the plan must have so.")
 @click.option("--why", metavar="KEY=VALUE,...", help="Also show what the best plan with these keys would cost.")
 @click.option("--html", metavar="FILE", help="Also draw the plan into FILE.")
-@click.option(
-    "--timeout", default=PLAN_SECONDS, show_default=True, type=click.FloatRange(1), help="Seconds for SCRIPT."
-)
-@click.option("--verbose", is_flag=True, help="Show on stderr what SCRIPT prints.")
 @in_json
-@click.argument("script", nargs=-1, type=click.UNPROCESSED, metavar="[SCRIPT [ARGUMENTS]]")
 def plan_step(
     script: tuple[str, ...],
     model: str | None,
@@ -109,20 +140,11 @@ def plan_step(
     SCRIPT, too; what stands behind -- is the script's, whatever it is called.
     """
     from moai.cli.plan import request, run
-    from moai.dry.messages import ModelStep
 
-    if bool(script) == (model is not None):
-        raise click.UsageError(
-            "Give a SCRIPT, or a --model." if model is None else "Give a SCRIPT or a --model, not both."
-        )
-    if model is not None and (batch_size is None or block_size is None):
-        raise click.UsageError("--model needs --batch-size and --block-size.")
-    if model is None and (batch_size or block_size or dtype):
-        raise click.UsageError(
-            "--batch-size, --block-size and --dtype go with --model; the script's stand behind its name."
-        )
+    step = _step(script, model, batch_size, block_size, dtype)
+    if step is None:
+        raise click.UsageError("Give a SCRIPT, or a --model.")
     asked = request.of(script[0] if script else None, flavor, cluster, restricted, why, html, os.environ)
-    step = script if model is None else ModelStep(model, batch_size or 0, block_size or 0, dtype)
     run.plan(step, asked, timeout, in_json, verbose, os.environ)
 
 
@@ -177,16 +199,29 @@ def doctor(in_json: bool) -> int:
     return 0 if all(check.ok for check in checks) else FAILED
 
 
-@moai.command()
+@moai.command(cls=PlanCommand, context_settings={"help_option_names": ["--help"]})
+@_naming_a_step
 @in_json
-def profile(in_json: bool) -> None:
-    """Measure the accelerator's devices.
+def profile(
+    script: tuple[str, ...],
+    model: str | None,
+    batch_size: int | None,
+    block_size: int | None,
+    dtype: str | None,
+    timeout: float,
+    verbose: bool,
+    in_json: bool,
+) -> None:
+    """Measure the accelerator's devices, and the layers of a model on them.
 
-    Takes a minute or two. Plans are predicted from what is measured, as long as the accelerator has these devices.
+    Takes a minute or two. Plans are predicted from what is measured, as long as the accelerator has these devices, and
+    best for the step of SCRIPT or of a --model, a few of whose layers are run here. SCRIPT itself runs up to its first
+    training step, without weights and without devices.
     """
     from moai.cli import profile as command
 
-    made, file = command.measure(os.environ)
+    step = _step(script, model, batch_size, block_size, dtype)
+    made, file = command.measure(os.environ, step, timeout, verbose)
     if in_json:
         _print_json(made.to_json())
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,10 +22,12 @@ from moai.lower.holding import Known, held
 from moai.lower.inputs import global_batch
 from moai.lower.lowering import Spelled, fitted, lowered, spelled
 from moai.lower.operators import is_view
-from moai.lower.tasks import shapes_of, tasks
+from moai.lower.peak import peak_bytes
+from moai.lower.program import Program
+from moai.lower.tasks import shapes_of, tasks, tasks_at
 from moai.lower.unhindered import without_collections
 from moai.plan.plan import Plan, Precision, Recompute
-from moai.plan.work import Observation, Work
+from moai.plan.work import Observation, Task, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them,
 # where messages go over from one to the other. Of large ones, they do not, unless they are gathered ahead of time.
@@ -72,6 +75,29 @@ def _units(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> i
 def _bytes_of(identical: Identical) -> int:
     graph = identical.graph
     return sum(graph.types[i.id].nbytes for i in graph.inputs if not i.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class FewLayers:
+    """A step with few layers, to be run. `at`: for each instruction, the position in `tasks` of the one that its time
+    is a part of, if there is one."""
+
+    program: Program
+    tasks: Sequence[Task]
+    at: Sequence[int | None]
+
+
+def few_layers(graph: StepGraph, plan: Plan) -> FewLayers:
+    """The program whose costs stand for the step's, or the step's own if it has no layers to spare.
+
+    Raises PlanError and RuntimeError as `lower` does.
+    """
+    given: list[Placement | None] = [None] * len(graph.inputs)
+    plan = fitted(graph, plan, given)
+    few = with_units(graph, given, _UNITS)
+    known = _known(graph, plan, given) if few is None else _known(few.graph, plan, few.given)
+    program = replace(known.program, peak_bytes=peak_bytes(known.program, known.types))
+    return FewLayers(program, *tasks_at(program, known.types, known.phases))
 
 
 def _known(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Known:

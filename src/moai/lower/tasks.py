@@ -41,8 +41,19 @@ Shape = tuple[int, ...]
 
 def tasks(program: Program, types: Mapping[int, TensorType], phases: Mapping[int, str], fused: bool) -> list[Task]:
     """`phases`: of values, by id, "recomputed" among them. `fused`: whether regions are compiled, so that what is made
-    and used within one moves no bytes."""
+    and used within one moves no bytes. What the optimizer's first step makes out of nothing, its states, is left out:
+    all later steps find it."""
     return _Reader(program, types, phases, fused).tasks
+
+
+def tasks_at(
+    program: Program, types: Mapping[int, TensorType], phases: Mapping[int, str]
+) -> tuple[list[Task], list[int | None]]:
+    """The tasks, and for each instruction the position of the one that its time is a part of: its own, or else that of
+    the next instruction that has one, for which it gets things ready. None for what is left out."""
+    reader = _Reader(program, types, phases, fused=False)
+    last = len(reader.tasks) - 1
+    return reader.tasks, [None if at is None or last < 0 else min(at, last) for at in reader.at]
 
 
 def bounds(program: Program, phases: Mapping[int, str]) -> tuple[int, int]:
@@ -94,6 +105,7 @@ class _Reader:
         self._looped, self._recomputed = False, False
         self._phase: Phase = "forward"
         self.tasks: list[Task] = []
+        self.at: list[int | None] = []  # for each instruction, the position of its task; there may be none behind
         backward, optimizer = bounds(program, phases)
         by_start = {region.start: region for region in regions(program)} if fused else {}
         end = 0
@@ -102,6 +114,7 @@ class _Reader:
             made = flat_ids(instruction.outs)
             if made and made[0] in phases:
                 self._recomputed = phases[made[0]] == "recomputed"
+            self.at.append(len(self.tasks))
             if at in by_start:
                 end = by_start[at].stop
                 self._add(self._region(by_start[at], program.instructions))
@@ -121,14 +134,22 @@ class _Reader:
                 self._starts[instruction.outs] = len(self.tasks)
             self._add(self._message(instruction))
         elif op == "wait":
-            at = self._starts.pop(instruction.args[0].id)
+            self.at[-1] = at = self._starts.pop(instruction.args[0].id)
             self.tasks[at] = self.tasks[at]._replace(until=len(self.tasks) - at)
         elif op in ("repeat", "end_repeat"):
             self._looped = op == "repeat"
         elif op in ("accumulate", "join"):
             self._add(Task("stream", "forward", bytes=3.0 * self._bytes(instruction.args[0].id)))
+        elif self._is_new_state(instruction):
+            self.at[-1] = None
         elif op not in BUILTINS and not is_view(op):
             self._add(self._computed(instruction))
+
+    def _is_new_state(self, instruction: Instruction) -> bool:
+        """Whether it makes something out of nothing for the optimizer."""
+        if instruction.op in BUILTINS or uses(instruction):
+            return False
+        return any(self._phases.get(out) == "optimizer" for out in flat_ids(instruction.outs))
 
     def _message(self, instruction: Instruction) -> Task:
         xs, axes = instruction.args[:2]

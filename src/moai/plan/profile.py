@@ -15,17 +15,20 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moai.plan.cluster import Cluster
+from moai.plan.in_place import InPlace, TimedTask
 from moai.plan.timings import Described, Group
 from moai.plan.work import AXES, KINDS, MESSAGES, OPERATORS, PHASES, PRECISIONS, Work
 
-FORMAT = 1  # of the JSON
+FORMAT = 2  # of the JSON
+# Timed tasks of so many are kept, the newest: some hundred are a model's.
+_MOST_TASKS = 20_000
 # How tables are named, and over how many axes they are.
 _NAMES = {
     r"matmul \w+": 3,
@@ -114,13 +117,20 @@ def _place(axis: Sequence[float], sizes: np.ndarray) -> _Place:
 class Profile:
     """`tables` by name: "matmul fp32" over (m, n, k); "attention backward fp32" over (flops a byte, bytes); "stream
     gelu" over bytes; "all_reduce 4 waited" (or "started", for one that is done beside computing) over bytes, for a
-    group of 4. `call_s`: of a call that does nothing much. `overlap_slowdown`: see `Timings`."""
+    group of 4. `call_s`: of a call that does nothing much. `overlap_slowdown`: see `Timings`. `tasks`: of models whose
+    layers were timed."""
 
     hardware: Hardware
     measured: str  # when, for people
     call_s: float
     overlap_slowdown: float
     tables: Mapping[str, Table]
+    tasks: tuple[TimedTask, ...] = ()
+
+    def with_tasks(self, tasks: Sequence[TimedTask]) -> Profile:
+        """With `tasks`, which take the place of the same ones that were timed before."""
+        new = {task.which for task in tasks}
+        return replace(self, tasks=(*(task for task in self.tasks if task.which not in new), *tasks)[-_MOST_TASKS:])
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -135,7 +145,9 @@ class Profile:
             numbers = [float(data[name]) for name in ("call_s", "overlap_slowdown")]
             if not all(0.0 <= x < 1e3 for x in numbers):
                 raise ValueError(f"a number is out of range: {numbers}")
-            return Profile(Hardware(**data["hardware"]), str(data["measured"]), numbers[0], numbers[1], tables)
+            tasks = tuple(map(TimedTask.from_json, data["tasks"]))
+            hardware = Hardware(**data["hardware"])
+            return Profile(hardware, str(data["measured"]), numbers[0], numbers[1], tables, tasks)
         except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"something is missing or of another type: {type(error).__name__}: {error}") from error
 
@@ -162,9 +174,23 @@ class Profiled:
         self.host_s_per_launch = profile.call_s if profile.hardware.kind == "cuda" else 0.0
         self.overlap_slowdown = profile.overlap_slowdown
         self._stream_bytes, self._stream_logs = _stacked(self._tables)
+        self._in_place = InPlace(profile.tasks, self._by_tables)
+        self.has_tasks = bool(profile.tasks)
+        if profile.tasks and profile.hardware.kind == "cpu":
+            # A message's time in its place is what computing loses by it, whether it is waited for or not.
+            self.overlap_slowdown = 1.0
 
     def durations(self, work: Work, groups: Mapping[str, Group]) -> np.ndarray:
         """Seconds of each task; see `Timings`."""
+        return self._by_tables(work, groups) * self._in_place.factors(work, groups)[0]
+
+    def timed_share(self, work: Work, groups: Mapping[str, Group]) -> float:
+        """The part of the tasks' time that tasks take which were timed in their place, within a model's layers."""
+        factors, exact = self._in_place.factors(work, groups)
+        seconds = self._by_tables(work, groups) * factors
+        return float(seconds[exact].sum() / max(seconds.sum(), 1e-12))
+
+    def _by_tables(self, work: Work, groups: Mapping[str, Group]) -> np.ndarray:
         seconds = self._described.durations(work, groups)
         self._matmuls(work, seconds)
         self._attention(work, seconds)

@@ -83,6 +83,7 @@ class Planner:
         else:
             step = problem.step(graph, given)
             choice, numbers = self._search(step, allowed, usable)
+            self._tell_share(step, choice)
             planned = self._first_that_fits(choice, taken, lambda plan: lower_cached(graph, plan, given))
             remembered.keep(name, _memory_of(choice, planned.plan, numbers))
         logger.info("Configuration for parallelism is selected.")
@@ -130,6 +131,12 @@ class Planner:
         logger.info("SelectBestGraphFromCandidates finished.")
         report(choice.candidates)
         return choice, (number, possible)
+
+    def _tell_share(self, step: Step, choice: Choice) -> None:
+        timings = problem.timings(self._cluster, self._profile)
+        share = problem.timed_share(step, choice.best.plan, timings, self._cluster)
+        if share:
+            logger.info("Of the predicted time, %.0f %% was measured in layers of this model.", share * 100)
 
     def _first_that_fits(self, choice: Choice, taken: int, lowered: Lowered) -> Planned:
         """The best plan whose program, now that all layers are lowered, fits beside the `taken` bytes."""

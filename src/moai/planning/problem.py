@@ -20,7 +20,7 @@ from moai.plan.family import Observe
 from moai.plan.plan import Plan
 from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Step
-from moai.plan.timings import Described, Timings
+from moai.plan.timings import Described, Timings, groups
 from moai.plan.work import Held, Observation
 from moai.planning.observers import two_observers
 from moai.platform.device import Device
@@ -38,6 +38,15 @@ def profile_of(devices: Sequence[Device]) -> Profile | None:
 def timings(cluster: Cluster, profile: Profile | None) -> Timings:
     """What was measured, or else what is written of the hardware."""
     return Described(cluster) if profile is None else Profiled(profile, cluster)
+
+
+def timed_share(step: Step, plan: Plan, timings: Timings, cluster: Cluster) -> float:
+    """Of the time of the step's layers under `plan`, what was timed in layers of this very model, from 0 to 1; 0 for
+    less than half: some tasks of every model are those of another one."""
+    if not isinstance(timings, Profiled) or not timings.has_tasks:
+        return 0.0
+    share = timings.timed_share(step.observe(plan).more, groups(plan, cluster))
+    return share if share > 0.5 else 0.0
 
 
 def step(graph: StepGraph, given: Sequence[Placement | None]) -> Step:

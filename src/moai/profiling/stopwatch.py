@@ -7,7 +7,7 @@ clock. Cases run as any Program does, in a loop that lasts long enough to be tim
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,19 +75,37 @@ class Stopwatch:
     ) -> float:
         """Seconds of a run of `program`: of a layer, a step, whatever it is. Inputs and scalars that are left out are
         zeros, which may make an optimizer divide by zero, but not take another time."""
-        accelerator = self._accelerator
         given = tensors or [torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu") for s in program.inputs]
-        inputs = [accelerator.upload(x, s.placement, program.mesh) for x, s in zip(given, program.inputs, strict=True)]
-        numbers = scalars or [0] * program.n_scalars
-        found = []
-        for _ in range(1 + self._runs):
-            outputs = accelerator.run(program, inputs, numbers)
+        return _slowest([self._accelerator.run_seconds for _ in self._runs_of(program, scalars, given)])
+
+    def of_instructions(self, program: Program, tensors: Sequence[torch.Tensor]) -> list[tuple[float, ...]]:
+        """Seconds of each instruction on each device, in the run that was the fastest as a whole: the sum is what a run
+        takes, which the fastest times of all instructions would not add up to."""
+        runs = [self._accelerator.instruction_seconds for _ in self._runs_of(program, (), tensors, timed=True)]
+        return min(runs, key=lambda devices: max(map(sum, devices)))
+
+    def _runs_of(
+        self,
+        program: Program,
+        scalars: Sequence[float | int],
+        tensors: Sequence[torch.Tensor],
+        timed: bool = False,
+    ) -> Iterator[None]:
+        """Yields when each run is over."""
+        accelerator, slots = self._accelerator, program.inputs
+        replaced = {slot.replaces for slot in program.outputs}
+        consumed = [i for i, slot in enumerate(slots) if slot.donated and i not in replaced]
+        inputs = [accelerator.upload(x, s.placement, program.mesh) for x, s in zip(tensors, slots, strict=True)]
+        for number in range(1 + self._runs):
+            outputs = accelerator.run(program, inputs, scalars or [0] * program.n_scalars, timed)
             accelerator.synchronize()
-            found.append(accelerator.run_seconds)
+            if number:  # the first run is checked, and slower
+                yield
             for slot, buffer in zip(program.outputs, outputs, strict=True):
                 if slot.replaces is not None:
                     inputs[slot.replaces] = buffer
-        return _slowest(found[1:])  # the first run is checked, and slower
+            for i in consumed:
+                inputs[i] = accelerator.upload(tensors[i], slots[i].placement, program.mesh)
 
     def _program(self, case: Case, passes: int) -> Program:
         mesh = _mesh(case, self._accelerator.n_devices, passes)

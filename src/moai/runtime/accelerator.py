@@ -103,6 +103,7 @@ class Accelerator:
         self._loaded: set[str] = set()
         self._step = 0
         self._run_seconds = [0.0] * len(devices)
+        self._instruction_seconds: list[tuple[float, ...]] = [()] * len(devices)
         self._pulses: list[m.Pulse | None] = [None] * len(devices)
         self._stopping = threading.Lock()
         workers = self._launcher.start(self.devices, START_SECONDS)
@@ -138,6 +139,11 @@ class Accelerator:
         """What the last run that is over took each device, by its own clock."""
         return list(self._run_seconds)
 
+    @property
+    def instruction_seconds(self) -> list[tuple[float, ...]]:
+        """What each instruction of the last run took each device, if its program is timed."""
+        return list(self._instruction_seconds)
+
     def upload(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> Buffer:
         """Puts a CPU tensor on the devices; each is sent its part. Over partial axes, coordinate 0 holds the tensor and
         the others zeros. `tensor` is not needed any more on return. Of memory, it takes no copy of more than 32 MiB."""
@@ -161,15 +167,18 @@ class Accelerator:
             self._wait(lambda: all(link.backlog <= _BACKLOG_BYTES for link in self._links))
         return buffer
 
-    def run(self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int]) -> list[Buffer]:
+    def run(
+        self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int], timed: bool = False
+    ) -> list[Buffer]:
         """Starts `program` and returns its outputs. Waits first until the run before has finished on all devices.
 
         Donated inputs are consumed: those Buffers cannot be used any more. A program is sent to the workers once.
+        `timed`, of its first run: whether all later ones are to fill `instruction_seconds`.
         """
         self._check()
         ids = self._input_ids(program, inputs, scalars)
         self._wait_for_run()
-        self._load(program)
+        self._load(program, timed)
         self._post_frees()
         self._step += 1
         mesh = _in_space(program.mesh)
@@ -273,7 +282,7 @@ class Accelerator:
             raise ValueError(f"{buffer} belongs to another accelerator")
         return buffer._id
 
-    def _load(self, program: Program) -> None:
+    def _load(self, program: Program, timed: bool) -> None:
         known = self._programs.setdefault(program.name, program)
         if known is not program:
             raise ValueError(f"there is another program named {program.name}: names must be unique")
@@ -281,7 +290,7 @@ class Accelerator:
             self._loaded.add(program.name)
             donated = sum(local_bytes(slot) for slot in program.inputs if slot.donated)
             self._growth[program.name] = sum(map(local_bytes, program.outputs)) - donated
-            self._broadcast(m.Load(program))
+            self._broadcast(m.Load(program, timed))
 
     def _fetch(self, id: int, targets: Mapping[int, torch.Tensor]) -> None:
         """Fills the contiguous `targets` with the local tensors of devices, by rank."""
@@ -333,8 +342,9 @@ class Accelerator:
         with self._changed:
             self._watchdog.heard(rank, now)
             match reply:
-                case m.Done(step, seconds):
+                case m.Done(step, seconds, by_instruction):
                     self._run_seconds[rank] = seconds
+                    self._instruction_seconds[rank] = by_instruction
                     self._links[rank].answered(("run", step))
                 case m.Note(text):
                     logger.warning("%s", text)

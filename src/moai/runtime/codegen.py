@@ -42,13 +42,17 @@ Compiled = Mapping[int, tuple[Region, Callable[[list[Any]], Any]]]
 
 
 def generate(
-    program: Program, calls: Sequence[Call | None], carried: Sequence[int], compiled: Compiled
+    program: Program,
+    calls: Sequence[Call | None],
+    carried: Sequence[int],
+    compiled: Compiled,
+    tick: Callable[[], None] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The source of `run(inputs, scalars) -> list of outputs`, and the globals it needs.
 
     `calls` has None for the bounds of a loop; values `carried` from pass to pass begin as None. The lines of a
-    compiled region stay empty but for the first. `run` empties the list `inputs`, so that an input's memory can be
-    freed at its last use.
+    compiled region stay empty but for the first. `tick` is called behind every instruction. `run` empties the list
+    `inputs`, so that an input's memory can be freed at its last use.
     """
     constants = _Constants()
     lines = [
@@ -56,7 +60,7 @@ def generate(
         f"    {_targets(f'v{slot.id}' for slot in program.inputs)} = inputs; inputs.clear()",
         f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars; {_cleared(carried)}",
     ]
-    indent = "    "
+    indent, ticking = "    ", f"; {constants.named('f', tick)}()" if tick else ""
     end = 0  # of the last compiled region
     for index, (instruction, call) in enumerate(zip(program.instructions, calls, strict=True)):
         if index in compiled:
@@ -66,13 +70,13 @@ def generate(
         elif index < end:
             lines.append("")
         elif call is not None:
-            lines.append(indent + _statement(instruction, call, constants))
+            lines.append(indent + _statement(instruction, call, constants) + ticking)
         elif instruction.op == REPEAT:
             lines.append(f"    for i in range({program.mesh.steps}):")
             indent = "        "
         else:
             indent = "    "
-            lines.append(indent + (_cleared(instruction.frees) or "pass"))
+            lines.append(indent + (_cleared(instruction.frees) or "pass") + ticking)
     lines.append(f"    return [{', '.join(f'v{slot.id}' for slot in program.outputs)}]")
     return "\n".join(lines) + "\n", constants.globals
 

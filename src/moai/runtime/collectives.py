@@ -126,7 +126,7 @@ class Group:
 
     The backend takes the sums, but for those that are scattered, and those of more than two halves: there every device
     receives the terms of its part and adds them up. That rounds once and not at every hop, takes parts of any sizes,
-    and is faster than gloo's own reduce-scatter, which is an all-reduce. Large buckets are summed by `neighbours`.
+    and is faster than gloo's own reduce-scatter, which is an all-reduce. Large sums are left to `neighbours`.
     """
 
     def __init__(
@@ -156,18 +156,13 @@ class Group:
     def all_reduce_start(self, xs: Sequence[torch.Tensor], kind: str = "sum", *, in_place: bool = False) -> Started:
         _check_dtype(xs[0])
         if in_place:
-            flat = memory_of_bucket(xs)
-            if kind == "sum" and self._neighbours is not None and flat.nbytes >= _WORTH_READING:
-                finish = self._neighbours.sum_start(flat)
-                return Started(None, lambda: finish() or ())
-            return Started(dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True), tuple)
+            return self._reduce_start(memory_of_bucket(xs), kind, tuple)
         if kind == "sum" and xs[0].dtype in HALVES and len(self._coordinates) > 2:
             return self._sum_halves_start(xs)
         shapes = [x.shape for x in xs]
         flat = xs[0].new_empty(_length(shapes))
         _fill(flat, xs, shapes)
-        work = dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True) if flat.numel() else None
-        return Started(work, lambda: _views(flat, shapes))
+        return self._reduce_start(flat, kind, lambda: _views(flat, shapes))
 
     def all_gather_start(self, xs: Sequence[torch.Tensor], cuts: Sequence[Cut]) -> Started:
         parts = [[_part_shape(x, how, c) for x, how in zip(xs, cuts, strict=True)] for c in self._coordinates]
@@ -199,6 +194,19 @@ class Group:
         shapes = [_part_shape(x, how, own) for x, how in zip(xs, cuts, strict=True)]
         work, received = self._exchange_start(terms, lengths)
         return Started(work, lambda: _views(total(received.unbind()), shapes), terms)
+
+    def _reduce_start(self, flat: torch.Tensor, kind: str, results: Callable[[], Tensors]) -> Started:
+        """Every device's `flat` becomes the sum, or whatever `kind` says; then there are `results`."""
+        if kind == "sum" and self._neighbours is not None and flat.nbytes >= _WORTH_READING:
+            add_up = self._neighbours.sum_start(flat)
+
+            def finish() -> Tensors:
+                add_up()
+                return results()
+
+            return Started(None, finish)
+        work = dist.all_reduce(flat, _KINDS[kind], self._group, async_op=True) if flat.numel() else None
+        return Started(work, results)
 
     def _sum_halves_start(self, xs: Sequence[torch.Tensor]) -> Started:
         """Every device adds up an equal stretch of the message; the stretches are gathered when they are waited for."""

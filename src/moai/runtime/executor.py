@@ -22,6 +22,7 @@ from moai.graph.placement import Mesh, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.runtime import codegen, collectives, loops
+from moai.runtime.clock import Clock
 from moai.runtime.codegen import Call, PerPass
 from moai.runtime.collectives import Network, Peers
 from moai.runtime.compiled import Policy, ProgramRegions
@@ -47,13 +48,16 @@ class Executor:
         network: Network | None,
         compiler: Compiler | None = None,
         compile: Policy = "auto",
+        clock: Clock | None = None,
     ) -> None:
         """Meets the peers of the program's collectives; `network` is None for an accelerator of one device, `compiler`
-        where nothing is ever compiled.
+        where nothing is ever compiled. `clock`, only there, times the instructions of each run but
+        the first.
 
         Raises RuntimeError for an operator that this PyTorch does not have, InstructionError if peers are gone.
         """
         self.program = program
+        self._clock = clock
         self._place = _Place(program.mesh, rank)
         self._calls = _Binding(program, self._place, device, network).calls()
         self._carried = loops.carried(program)
@@ -99,6 +103,17 @@ class Executor:
             regions.ran(time.perf_counter() - begin)
         return outputs
 
+    def instruction_seconds(self) -> tuple[float, ...]:
+        """What each instruction took in the last run, in all passes of a loop; nothing without a clock, and after the
+        first run. The device has to be done."""
+        seconds = self._clock.seconds() if self._clock else ()
+        if not seconds:
+            return ()
+        found = [0.0] * len(self._calls)
+        for (index, _), taken in zip(loops.order(self.program), seconds, strict=True):
+            found[index] += taken
+        return tuple(found)
+
     def position(self, frame: FrameType | None) -> int | None:
         """Index of the instruction that a thread, whose innermost frame is given, executes; None outside of a run."""
         if self._checking is not None:
@@ -110,7 +125,8 @@ class Executor:
         return None
 
     def _generated(self, compiled: codegen.Compiled) -> tuple[Callable[..., list[torch.Tensor]], CodeType]:
-        source, namespace = codegen.generate(self.program, self._calls, self._carried, compiled)
+        tick = self._clock.tick if self._clock else None
+        source, namespace = codegen.generate(self.program, self._calls, self._carried, compiled, tick)
         filename = f"<program {self.program.name}>"
         exec(compile(source, filename, "exec"), namespace)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -122,6 +138,8 @@ class Executor:
 
     def _run_generated(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
         try:
+            if self._clock:
+                self._clock.start()
             return self._function(inputs, scalars)
         except Exception as error:
             trace = error.__traceback__

@@ -15,9 +15,11 @@ from moai.lower.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Keep `program` under its name."""
+    """Keep `program` under its name. `timed`: its runs are to tell what each instruction takes,
+    and nothing is compiled."""
 
     program: Program
+    timed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,12 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Run `step` is over: its results exist. `seconds`: what it took the worker."""
+    """Run `step` is over: its results exist. `seconds`: what it took the worker; `by_instruction`: of a timed program,
+    what each instruction took, in all passes."""
 
     step: int
     seconds: float
+    by_instruction: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 from moai.lower.program import Program
 from moai.runtime import measure
 from moai.runtime import messages as m
+from moai.runtime.clock import Clock
 from moai.runtime.collectives import NAMES, Distributed, Network
 from moai.runtime.compiled import policy
 from moai.runtime.executor import Executor, InstructionError
@@ -137,18 +138,25 @@ class Worker:
                     self._read(command)
                 case m.Free():
                     self._free(command)
-                case m.Load(program):
-                    self._load(program)
+                case m.Load():
+                    self._load(command.program, command.timed)
                 case m.Unload(names):
                     for name in names:
                         self._executors.pop(name, None)
             self._doing = ""
 
-    def _load(self, program: Program) -> None:
+    def _load(self, program: Program, timed: bool) -> None:
         self._doing = f"load program {program.name}"
         self._loading = True
+        clock = Clock(self._device) if timed else None
         self._executors[program.name] = Executor(
-            program, self._spec.rank, self._device, self._network, self._compiler, self._compile
+            program,
+            self._spec.rank,
+            self._device,
+            self._network,
+            None if timed else self._compiler,
+            self._compile,
+            clock,
         )
         self._loading = False
 
@@ -170,7 +178,7 @@ class Worker:
         self._finish_kernels()
         seconds = time.perf_counter() - begin
         self._buffers.update(zip(command.outputs, outputs, strict=True))
-        self._channel.send(m.Done(command.step, seconds))
+        self._channel.send(m.Done(command.step, seconds, executor.instruction_seconds()))
 
     def _free(self, command: m.Free) -> None:
         # A buffer is absent if Ctrl-C fell into its upload.

@@ -1,4 +1,4 @@
-"""The command line of `moai plan`, on which a script's arguments and our own stand together.
+"""The command line of `moai plan` and `moai profile`, on which a script's arguments and our own stand together.
 
 In: what was typed. Out: for click, our options first and the script with all that is its own behind "--".
 

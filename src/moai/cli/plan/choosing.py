@@ -14,8 +14,9 @@ from typing import Any
 from moai.cli.plan.figures import matches
 from moai.cli.plan.request import Target
 from moai.dry.session import Captured
+from moai.plan.cluster import Cluster
 from moai.plan.options import Options
-from moai.plan.plan import Plan
+from moai.plan.plan import Plan, Precision
 from moai.plan.search import Candidate, Choice, NoPlan, Step, search
 from moai.plan.space import Allowed
 from moai.plan.timings import Timings
@@ -29,13 +30,15 @@ _FLAVOR_SECONDS = 20.0
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A choice for `target`. `smallest`: the smallest of the flavors that the step fits, None where that is not known;
-    `alternative`: the best plan of those that were asked about."""
+    `alternative`: the best plan of those that were asked about. `timed_share`: of the step's time, what follows from
+    layers of it that were timed on these devices."""
 
     choice: Choice
     target: Target
     captured: Captured
     smallest: str | None
     alternative: Candidate | None
+    timed_share: float = 0.0
 
 
 class Planner:
@@ -55,20 +58,23 @@ class Planner:
                 raise TimeoutError
 
         fixed = {**self.restricted, **(more or {})}
-        precision = fixed.pop("precision", None) or _precision(self._options, target)
+        base = Plan(precision=fixed.pop("precision", None) or precision(self._options, target.cluster))
         if level := fixed.pop("recompute", None):
             fixed["recompute"] = (level,)
         allowed = replace(Allowed() if self._options is None else Allowed.by(self._options), **fixed)
-        base, profile = Plan(precision=precision), problem.profile_of(target.devices)
         return search(
             self._step,
             target.cluster,
-            problem.timings(target.cluster, profile),
+            timings(target),
             target.budget_bytes,
             allowed,
             base,
             progress,
         )
+
+    def timed_share(self, target: Target, plan: Plan) -> float:
+        """Of a plan's time, what follows from layers of this step that were timed on the devices of `target`."""
+        return problem.timed_share(self._step, plan, timings(target), target.cluster)
 
     def fits(self, target: Target, until: float) -> bool:
         """Whether the step can be run on `target` at all. Raises TimeoutError as `choose` does."""
@@ -84,9 +90,9 @@ def timings(target: Target) -> Timings:
     return problem.timings(target.cluster, problem.profile_of(target.devices))
 
 
-def _precision(options: Options | None, target: Target) -> Any:
+def precision(options: Options | None, cluster: Cluster) -> Precision | None:
     """As the session has it: bf16 where the script allows it and the devices gain by it."""
-    peak = target.cluster.device.peak
+    peak = cluster.device.peak
     gains = peak.get("bf16", 0.0) > peak["fp32"]
     return "bf16" if options is not None and options.mixed_precision and gains else None
 
@@ -119,7 +125,8 @@ def _chosen(
         with suppress(TimeoutError):
             smallest = _smallest(planner, [*smaller, target])
     name = None if smallest is None else smallest.name
-    return Chosen(choice, target, captured, name, _alternative(planner, choice, target, why))
+    share = planner.timed_share(target, choice.best.plan)
+    return Chosen(choice, target, captured, name, _alternative(planner, choice, target, why), share)
 
 
 def _advice(planner: Planner, larger: Sequence[Target]) -> str:

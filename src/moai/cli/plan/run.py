@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from moai.cli import reports
 from moai.cli.plan.request import Request, others
 from moai.dry.capture import capture_model, capture_script
 from moai.dry.messages import ModelStep
 from moai.platform.progress import Waiting
+
+if TYPE_CHECKING:
+    from moai.dry.session import Captured
+
+
+def capture(step: ModelStep | Sequence[str], memory_bytes: int, seconds: float, verbose: bool) -> Captured:
+    """The step of a script (with its arguments) or of a model; see `dry.capture`. Raises AcceleratorError, in one
+    line."""
+    with Waiting("Capturing the step"):
+        if isinstance(step, ModelStep):
+            return capture_model(step, memory_bytes, seconds, verbose)
+        return capture_script(step[0], step[1:], memory_bytes, seconds, verbose)
 
 
 def plan(
@@ -25,12 +38,7 @@ def plan(
 ) -> None:
     """Plan for the step of a script (with its arguments) or of a model. Raises AcceleratorError, in one line."""
     cluster = request.target.cluster
-    memory = cluster.n_devices * cluster.device.memory_bytes
-    with Waiting("Capturing the step"):
-        if isinstance(step, ModelStep):
-            captured = capture_model(step, memory, seconds, verbose)
-        else:
-            captured = capture_script(step[0], step[1:], memory, seconds, verbose)
+    captured = capture(step, cluster.n_devices * cluster.device.memory_bytes, seconds, verbose)
     from moai.cli.plan import page, report  # with torch, which is there by now
     from moai.cli.plan.choosing import choose
 
