@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
 
 import numpy as np
@@ -20,18 +21,25 @@ from moai.lower.holding import Known, held
 from moai.lower.inputs import global_batch
 from moai.lower.lowering import Spelled, fitted, lowered, spelled
 from moai.lower.operators import is_view
+from moai.lower.program import Program
 from moai.lower.tasks import shapes_of, tasks
 from moai.lower.unhindered import without_collections
 from moai.plan.plan import Plan, Precision, Recompute
-from moai.plan.work import Observation, Work
+from moai.plan.work import Held, Observation, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them.
 _UNITS = 3
+# Where messages hold several layers' gradients, what is held with few layers does not tell about all. As long as there
+# are no more layers than these, and these are small ones, it takes little to look at all of them.
+_MOST_UNITS = 48
+# More gradients than so many layers have are not those of one layer and its neighbours' ends.
+_A_LAYER = 1.5
+_SUMS = ("all_reduce_start", "reduce_scatter_start")
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=9)
 def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute) -> Spelled:
-    """Kept for the next plan: of two depths, three levels."""
+    """Kept for the next plan: of three depths, three levels."""
     return spelled(identical.graph, precision, recompute)
 
 
@@ -53,7 +61,10 @@ def observe(
         return Observation(work, work, held(whole), held(whole), _handed(whole), 0, 0)
     here, there = (_known(each.graph, plan, each.given) for each in (few, more))
     less, greater = (_work(known, samples, fused) for known in (here, there))
-    return Observation(less, greater, held(here), held(there), _handed(here), _UNITS, few.deeper)
+    held_less, held_more = held(here), held(there)
+    if _UNITS + few.deeper <= _MOST_UNITS and _joins_layers(here.program, there.program):
+        held_more = _towards(held_less, held(_known(graph, plan, given)), few.deeper)
+    return Observation(less, greater, held_less, held_more, _handed(here), _UNITS, few.deeper)
 
 
 def _known(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Known:
@@ -62,6 +73,24 @@ def _known(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> K
 
 def _work(known: Known, samples: float, fused: bool) -> Work:
     return Work.of(tasks(known.program, known.types, known.phases, fused), samples=samples)
+
+
+def _joins_layers(less: Program, more: Program) -> bool:
+    """Whether messages hold the gradients of several layers. `more` has one layer more."""
+    here, there = (_lengths_of_sums(program) for program in (less, more))
+    return max(there, default=0) > _A_LAYER * (sum(there) - sum(here))
+
+
+def _lengths_of_sums(program: Program) -> list[int]:
+    """How many gradients each message has."""
+    starts = [i for i in program.instructions if i.op in _SUMS and i.args[1] != ("tp",)]
+    return [len(i.args[0]) for i in starts]
+
+
+def _towards(few: Held, all_: Held, deeper: int) -> Held:
+    """What one layer more than `few` holds, so that `deeper` of them hold what `all_` do."""
+    pairs = [(getattr(few, f.name), getattr(all_, f.name)) for f in fields(Held)]
+    return Held(*(here + (there - here) / deeper for here, there in pairs))
 
 
 def _handed(known: Known) -> float:
