@@ -64,7 +64,7 @@ def measure(connection: Connection, config: Mapping[str, Any], cluster: str, bat
         graph = capture_model(step, 80 << 30, RUN_SECONDS).graph
     capture_s = time.perf_counter() - begin
 
-    from moai.lower.sampling import observe
+    from moai.lower.sampling import layers, observe
     from moai.plan.cluster_file import load
     from moai.plan.plan import Plan
     from moai.plan.search import Step, search
@@ -82,7 +82,7 @@ def measure(connection: Connection, config: Mapping[str, Any], cluster: str, bat
     begin = time.perf_counter()
     hardware = load(cluster)
     budget = int(hardware.device.memory_bytes * MEMORY_SHARE)
-    asked = Step(observed, batch, batch * BLOCK_SIZE)
+    asked = Step(observed, batch, batch * BLOCK_SIZE, layers(graph, [None] * len(graph.inputs)))
     choice = search(asked, hardware, Described(hardware), budget, Allowed(), Plan(precision="bf16"))
     search_s = time.perf_counter() - begin
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

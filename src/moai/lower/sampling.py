@@ -37,6 +37,12 @@ _A_LAYER = 1.5
 _SUMS = ("all_reduce_start", "reduce_scatter_start")
 
 
+def layers(graph: StepGraph, given: Sequence[Placement | None]) -> int:
+    """How many layers repeat in all that is observed of the step: 0 where too few do."""
+    few = with_units(graph, given, _UNITS + 1)
+    return 0 if few is None else _UNITS + 1 + few.deeper
+
+
 @lru_cache(maxsize=9)
 def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute) -> Spelled:
     """Kept for the next plan: of three depths, three levels."""

@@ -13,7 +13,7 @@ from functools import cache
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph, tokens
 from moai.lower.inputs import global_batch
-from moai.lower.sampling import observe
+from moai.lower.sampling import layers, observe
 from moai.plan.cluster import Cluster
 from moai.plan.family import Observe
 from moai.plan.plan import Plan
@@ -41,7 +41,7 @@ def timings(cluster: Cluster, profile: Profile | None) -> Timings:
 def step(graph: StepGraph, given: Sequence[Placement | None] | None = None) -> Step:
     """The step to plan for. What is observed of it is observed once, whatever is asked."""
     given = [None] * len(graph.inputs) if given is None else given
-    return Step(_observing(graph, given), global_batch(graph, given), tokens(graph))
+    return Step(_observing(graph, given), global_batch(graph, given), tokens(graph), layers(graph, given))
 
 
 def batch_sizes(graph: StepGraph) -> list[int]:
