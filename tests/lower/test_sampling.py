@@ -1,14 +1,15 @@
-"""What a few layers tell about a deep step is what the whole of it does, and little more than it holds."""
+"""What a few layers tell about a deep step is what the whole of it does, and what it holds."""
 
 from __future__ import annotations
 
 import pytest
 
 from moai.graph.step_graph import StepGraph
+from moai.lower import lower
 from moai.lower.sampling import few_layers, observe
 from moai.plan.parse import parse
 from moai.plan.work import Sample, Work
-from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
+from tests.capture.conftest import capture, on_the_host, reads_on_the_host  # noqa: F401 (fixtures)
 from tests.lower.captured_steps import VOCABULARY, capturing, llama_with_adamw
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
@@ -43,7 +44,7 @@ def of_all_layers(sample: Sample) -> tuple[float, float]:
 
 def test_few_layers_tell_what_all_compute_and_hold_no_less_than_they_do(graph, monkeypatch):
     # A layer's gradients fill messages, as those of large layers do.
-    for limit in ("MAX_BYTES", "_MIN_BYTES", "_WHOLE_BYTES"):
+    for limit in ("_MAX_BYTES", "_MIN_BYTES", "WHOLE_BYTES"):
         monkeypatch.setattr(f"moai.lower.buckets.{limit}", 1 << 17)
     for text in PLANS:
         plan = parse(text, 4)
@@ -74,3 +75,32 @@ def test_states_that_the_first_step_makes_take_no_time_of_later_ones(graph):
     code = few.program.instructions
     made = [few.at[i] for i, each in enumerate(code) if each.op == "aten.full.default" and each.outs in states]
     assert made and set(made) == {None}
+
+
+# Layers of a model of which few have as many gradients as are worth a message, and what is held by all of them.
+NARROW = {
+    "one message of all layers": ({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 10}, 0),
+    "several layers in a message": ({"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 9}, 1 << 21),
+}
+NARROW_PLANS = [
+    "dp=4",
+    "dp=2,tp=2",
+    "dp=4,precision=bf16,recompute=full",
+    "dp=4,micro=2,distribute_param=true,distribute_low_prec_param=true",
+]
+
+
+@on_the_host
+@pytest.mark.parametrize("case", NARROW)
+def test_what_is_predicted_for_narrow_layers_is_what_the_program_of_all_holds(case, capture, monkeypatch):  # noqa: F811
+    sizes, whole_bytes = NARROW[case]
+    if whole_bytes:
+        monkeypatch.setattr("moai.lower.buckets.WHOLE_BYTES", whole_bytes)
+        monkeypatch.setattr("moai.lower.depth.steps.WHOLE_BYTES", whole_bytes)
+    script = llama_with_adamw(8, 32, times=2, **{**WIDE, **HEADS, **sizes})
+    graph = capturing(capture, monkeypatch)(script).graph
+    for text in NARROW_PLANS:
+        plan = parse(text, 4)
+        sample = observe(graph, plan).sample()
+        found = of_all_layers(sample)[1] / lower(graph, plan, [None] * len(graph.inputs)).peak_bytes
+        assert sample.deeper > 0 and 0.97 <= found <= 1.05, (text, found)

@@ -25,9 +25,9 @@ from moai.lower.repeats import apart
 from moai.lower.values import Values
 
 # Below the lower bound, latency dominates; above the upper one, the reduction of the last bucket is not hidden.
-_MIN_BYTES, MAX_BYTES = 4 << 20, 25 << 20
+_MIN_BYTES, _MAX_BYTES = 4 << 20, 25 << 20
 # Whole layers are joined until there are so many.
-_WHOLE_BYTES = 8 << 20
+WHOLE_BYTES = 8 << 20
 # About so many buckets a step: what remains to be awaited after the last gradient is one of them.
 _BUCKETS = 4
 _GATHERED_BUCKETS, _MIN_GATHERED = 16, 256 << 10
@@ -39,7 +39,7 @@ _SMALL = 4096
 # So many instructions take longer than a small message.
 _FAR = 32
 # A message of so many bytes is worth to be put together where its terms are made.
-_WORTH_IT = 1 << 20
+WORTH_IT = 1 << 20
 
 # Buckets of scattered sums that are under way together: while one is sent, the next is filled.
 _UNDER_WAY = 2
@@ -72,7 +72,7 @@ class _Bucket:
 
     def takes(self, member: _Timed) -> bool:
         """Whether a sum can join without being late for anyone, and without having all wait that would not."""
-        fits = self.bytes + member.nbytes <= MAX_BYTES
+        fits = self.bytes + member.nbytes <= _MAX_BYTES
         slack = min(self.due, member.due) - max(self.ready, member.ready)
         return fits and (slack >= _FAR or (slack > 0 and min(self.slack, member.due - member.ready) < _FAR))
 
@@ -179,7 +179,7 @@ def _is_written_in_place(bucket: _Bucket, readers: Counter[int], values: Values)
     return (
         first.op == "all_reduce"
         and wide
-        and bucket.bytes >= _WORTH_IT
+        and bucket.bytes >= WORTH_IT
         and all(m.ready >= 0 and readers[m.instruction.args[0].id] == 1 for m in bucket.members)
     )
 
@@ -225,8 +225,8 @@ def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
     ordered = sorted(sums, key=lambda s: s.ready)
     begins, _ = _layers(ordered, values)
     total = sum(s.nbytes for s in sums)
-    enough = MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), MAX_BYTES)
-    return sorted(_cut(ordered, values, begins, _WHOLE_BYTES, enough), key=lambda bucket: bucket.ready)
+    enough = _MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
+    return sorted(_cut(ordered, values, begins, WHOLE_BYTES, enough), key=lambda bucket: bucket.ready)
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
@@ -238,7 +238,7 @@ def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
     ordered = sorted(gathers, key=lambda g: g.due)
     begins, layer = _layers(ordered, values)
     piece = layer // _PIECES if begins else sum(g.nbytes for g in gathers) // _GATHERED_BUCKETS
-    full = _cut(ordered, values, begins, _MIN_LAYER, min(max(piece, _MIN_GATHERED), MAX_BYTES))
+    full = _cut(ordered, values, begins, _MIN_LAYER, min(max(piece, _MIN_GATHERED), _MAX_BYTES))
     previous = -1
     for bucket in full:
         bucket.ready, previous = max(bucket.ready, min(previous, bucket.due - 1)), bucket.due

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph, flat_ids
-from moai.lower.buckets import MAX_BYTES
 from moai.lower.cleanup import uses
 from moai.lower.depth.steps import Identical, with_units
 from moai.lower.holding import Known, held
@@ -27,12 +26,24 @@ from moai.lower.program import Program
 from moai.lower.tasks import shapes_of, tasks, tasks_at
 from moai.lower.unhindered import without_collections
 from moai.plan.plan import Plan, Precision, Recompute
-from moai.plan.work import Observation, Task, Work
+from moai.plan.work import Held, Observation, Task, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them,
 # where messages go over from one to the other. Of large ones, they do not, unless they are gathered ahead of time.
 _UNITS, _LARGE_UNITS = 3, 2
-_LARGE_BYTES = 4 * MAX_BYTES  # of weights and states in fp32, each of which is as large as what is sent of it
+_LARGE_BYTES = 100 << 20  # of a layer's weights and states: no message holds the gradients of two such layers
+# Where messages hold several layers' gradients, what is held with few layers does not tell about all. As long as there
+# are no more layers than these, and these are small ones, it takes little to look at all of them.
+_MOST_UNITS = 48
+# More gradients than so many layers have are not those of one layer and its neighbours' ends.
+_A_LAYER = 1.5
+_SUMS = ("all_reduce_start", "reduce_scatter_start")
+
+
+def layers(graph: StepGraph, given: Sequence[Placement | None]) -> int:
+    """How many layers repeat in all that is observed of the step: 0 where too few do."""
+    few = with_units(graph, given, _UNITS + 1)
+    return 0 if few is None else _UNITS + 1 + few.deeper
 
 
 @lru_cache(maxsize=9)
@@ -60,7 +71,10 @@ def observe(
         return Observation(work, work, all_held, all_held, _handed(whole), 0, 0)
     here, there = (_known(each.graph, plan, each.given) for each in (few, more))
     less, greater = (_work(known, samples, fused) for known in (here, there))
-    return Observation(less, greater, held(here), held(there), _handed(here), units, few.deeper)
+    held_less, held_more = held(here), held(there)
+    if units + few.deeper <= _MOST_UNITS and _joins_layers(here.program, there.program):
+        held_more = _towards(held_less, held(_known(graph, plan, given)), few.deeper)
+    return Observation(less, greater, held_less, held_more, _handed(here), units, few.deeper)
 
 
 def _units(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> int:
@@ -107,6 +121,24 @@ def _known(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> K
 
 def _work(known: Known, samples: float, fused: bool) -> Work:
     return Work.of(tasks(known.program, known.types, known.phases, fused), samples=samples)
+
+
+def _joins_layers(less: Program, more: Program) -> bool:
+    """Whether messages hold the gradients of several layers. `more` has one layer more."""
+    here, there = (_lengths_of_sums(program) for program in (less, more))
+    return max(there, default=0) > _A_LAYER * (sum(there) - sum(here))
+
+
+def _lengths_of_sums(program: Program) -> list[int]:
+    """How many gradients each message has."""
+    starts = [i for i in program.instructions if i.op in _SUMS and i.args[1] != ("tp",)]
+    return [len(i.args[0]) for i in starts]
+
+
+def _towards(few: Held, all_: Held, deeper: int) -> Held:
+    """What one layer more than `few` holds, so that `deeper` of them hold what `all_` do."""
+    pairs = [(getattr(few, f.name), getattr(all_, f.name)) for f in fields(Held)]
+    return Held(*(here + (there - here) / deeper for here, there in pairs))
 
 
 def _handed(known: Known) -> float:

@@ -70,12 +70,14 @@ class NoPlan(PlanError):
 @dataclass(frozen=True, slots=True)
 class Step:
     """The step to plan for. `observe`: see `lower.sampling`; raises PlanError or RuntimeError for a plan that the step
-    cannot be run with. `batch`: its samples. `tokens`: positions in it. `expect` is told of a plan that is about to be
-    observed, and of the one that will probably be next."""
+    cannot be run with. `batch`: its samples. `tokens`: positions in it. `layers`: how many of its layers repeat, None
+    where that is not known. `expect` is told of a plan that is about to be observed, and of the one that will probably
+    be next."""
 
     observe: Observe
     batch: int
     tokens: int = 0
+    layers: int | None = None
     expect: Callable[[Plan, Plan], None] = lambda plan, probable: None
 
 
@@ -117,7 +119,8 @@ class _Search:
     ) -> None:
         self._step, self._cluster, self._timings = step, cluster, timings
         self._budget, self._allowed = budget_bytes, allowed
-        self._layouts = [each for each in layouts(cluster.n_devices, step.batch, base.precision) if _any(each, allowed)]
+        every = layouts(cluster.n_devices, step.batch, base.precision, step.layers)
+        self._layouts = [each for each in every if _any(each, allowed)]
         self._families: dict[Plan, Family] = {}
         self._best = float("inf")
         self._again: dict[Recompute, float] = {}  # device seconds of a step

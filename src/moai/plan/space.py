@@ -1,8 +1,8 @@
 """All plans that could be chosen.
 
-In: how many devices there are, the samples of a step, and what the user allows. Out: plans, by layout (how many devices
-share the batch, the matrices and the layers, and how many micro-batches there are) and variant (what is computed again,
-and what is spread over devices).
+In: how many devices there are, the samples of a step and its layers, and what the user allows. Out: plans, by layout
+(how many devices share the batch, the matrices and the layers, and how many micro-batches there are) and variant (what
+is computed again, and what is spread over devices).
 """
 
 from __future__ import annotations
@@ -55,13 +55,16 @@ class Allowed:
         )
 
 
-def layouts(n_devices: int, batch: int, precision: Precision | None = None) -> Iterator[Plan]:
+def layouts(
+    n_devices: int, batch: int, precision: Precision | None = None, layers: int | None = None
+) -> Iterator[Plan]:
     """Every way to lay a step of `batch` samples out on the devices: parts of equal size, or one part a device, and
-    with stages as many micro-batches as there are stages or more. A step without samples is done by every device."""
+    with stages as many micro-batches as there are stages or more. A step without samples is done by every device.
+    `layers`: how many of them repeat, if that is known: each stage has one or more."""
     if not batch:
         yield Plan(dp=n_devices, precision=precision)
     for pp, tp in product(_divisors(n_devices), repeat=2):
-        if n_devices % (pp * tp):
+        if n_devices % (pp * tp) or (pp > 1 and layers is not None and pp > layers):
             continue
         dp = n_devices // (pp * tp)
         if batch < dp:
@@ -78,9 +81,9 @@ def variants(layout: Plan) -> Iterator[Plan]:
         yield replace(layout, recompute=level, distribute_param=spread, distribute_low_prec_param=low)
 
 
-def plans(n_devices: int, batch: int) -> Iterator[Plan]:
+def plans(n_devices: int, batch: int, layers: int | None = None) -> Iterator[Plan]:
     """All of them."""
-    return (plan for layout in layouts(n_devices, batch) for plan in variants(layout))
+    return (plan for layout in layouts(n_devices, batch, None, layers) for plan in variants(layout))
 
 
 def _divisors(n: int) -> list[int]:

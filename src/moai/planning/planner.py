@@ -101,7 +101,7 @@ class Planner:
     def _search(self, step: Step, allowed: Allowed, usable: int) -> tuple[Choice, tuple[int, int]]:
         """The choice, with the numbers of candidates and of possible ones."""
         compiling = _Stopwatch(step)
-        number = sum(map(allowed.allows, plans(self._cluster.n_devices, step.batch)))
+        number = sum(map(allowed.allows, plans(self._cluster.n_devices, step.batch, step.layers)))
         logger.info("The number of candidates is %d.", number)
         logger.info("Parallel Graph Compile start...")
         begin = time.monotonic()

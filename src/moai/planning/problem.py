@@ -14,7 +14,7 @@ from functools import cache
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph, tokens
 from moai.lower.inputs import global_batch
-from moai.lower.sampling import observe
+from moai.lower.sampling import layers, observe
 from moai.plan.cluster import Cluster
 from moai.plan.family import Observe
 from moai.plan.plan import Plan
@@ -51,7 +51,7 @@ def timed_share(step: Step, plan: Plan, timings: Timings, cluster: Cluster) -> f
 
 def step(graph: StepGraph, given: Sequence[Placement | None]) -> Step:
     """The step to plan for. What is observed of it is observed once, whatever is asked."""
-    return Step(cache(_observing(graph, given)), global_batch(graph, given), tokens(graph))
+    return Step(cache(_observing(graph, given)), global_batch(graph, given), tokens(graph), layers(graph, given))
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def step_for_two(graph: StepGraph) -> Iterator[Step]:
     """The same of a step that nothing is on the devices for, with a second process that observes."""
     given = [None] * len(graph.inputs)
     with two_observers(_observing(graph, given)) as (observe, expect):
-        yield Step(cache(observe), global_batch(graph, given), tokens(graph), expect)
+        yield Step(cache(observe), global_batch(graph, given), tokens(graph), layers(graph, given), expect)
 
 
 def batch_sizes(graph: StepGraph) -> list[int]:

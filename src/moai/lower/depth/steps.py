@@ -6,19 +6,18 @@ the deep one would be: layers are put in where the shallow program has its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Input, Node, Output, StepGraph, TensorType, flat_ids
-from moai.lower.buckets import MAX_BYTES
+from moai.lower.buckets import WHOLE_BYTES, WORTH_IT
 from moai.lower.check import check
 from moai.lower.depth.layered import Layered, Layers, Version, Whole, layered
 from moai.lower.depth.records import Make, Record
 from moai.lower.peak import levels
-from moai.lower.program import Instruction, PerRank, Program, Slot
+from moai.lower.program import Instruction, Program, Slot
 from moai.lower.values import largest_part
 from moai.plan.plan import Plan
 
@@ -30,8 +29,8 @@ _DEPTHS, _SPREAD_DEPTHS = (5, 8), (6, 8)
 _WORTH_IT = 1.5
 # Smaller graphs have no layers to speak of.
 _WORTH_LOOKING = 500
-# What is joined across layers, and how many entries it may have, which are gradients or states in fp32.
-_JOINED, _MOST_ENTRIES = ("bucket", "wait"), MAX_BYTES // 4
+# What is joined across layers.
+_JOINED = ("bucket", "wait")
 # Layers of a program: some go to what comes before and behind.
 _LEAST = 3
 
@@ -146,15 +145,22 @@ class Deep:
 
     def is_sound(self) -> bool:
         """Whether the program with one layer more can be executed, and no message that is joined across layers becomes
-        larger than messages are to be."""
+        larger than one would be if all layers were lowered, or so large that it would be made in another way."""
         try:
             check(self._program(self._next))
             _ = self.program
         except (AssertionError, LookupError, ValueError):  # lists of what belongs together have grown apart
             return False
         before = max((len(i.outs) for i in self._shallow.instructions if i.op in _JOINED), default=0)
-        grown = (i for i in self._version.records if i.op in _JOINED and len(i.outs) > before)
-        return all(sum(math.prod(map(_largest, shape)) for shape in i.shapes) <= _MOST_ENTRIES for i in grown)
+        code = self._version.records
+        copied = {i.outs for i in code if i.op == "all_reduce_start"}
+        types = self.types()
+        return all(
+            sum(types[o].nbytes for o in i.outs)
+            < (WORTH_IT if i.op == "wait" and i.args[0].id in copied else WHOLE_BYTES)
+            for i in code
+            if i.op in _JOINED and len(i.outs) > before
+        )
 
     def _versioned(self, deeper: int) -> Version[Instruction]:
         code = self._shallow.instructions
@@ -192,10 +198,6 @@ class Deep:
             instructions=tuple(version.records),
             resident_bytes=sum(largest_part(s.type, s.placement) for s in inputs),
         )
-
-
-def _largest(length: int | PerRank) -> int:
-    return max(length.values) if isinstance(length, PerRank) else length
 
 
 def _graph(graph: StepGraph, layers: Layered, deeper: int) -> tuple[StepGraph, list[int]]:
