@@ -130,6 +130,25 @@ def test_momenta_lie_as_their_weights_do():
     assert lies(program, 16)[8:] == lies(program, 8)
 
 
+def test_new_momenta_of_a_first_step_are_made_as_parts():
+    def first_step(up, down, x):
+        params = [p.detach().requires_grad_() for p in (up, down)]
+        loss = F.linear(F.gelu(F.linear(x, params[0])), params[1]).square().mean()
+        phase("backward")
+        grads = torch.autograd.grad(loss, params)
+        phase("optimizer")
+        momenta = torch._foreach_mul([torch.zeros_like(p) for p in (up, down)], 0.9)
+        momenta = torch._foreach_addcmul(momenta, grads, grads)
+        for p, momentum in zip((up, down), momenta, strict=True):
+            p.sub_(momentum)
+        return tuple(momenta)
+
+    graph = trace(first_step, [torch.randn(FORWARD, WIDTH), torch.randn(WIDTH, FORWARD)], [torch.randn(BATCH, WIDTH)])
+    program = lower(graph, Plan(tp=2), [None] * 3)
+    made = [i.shapes[0] for i in program.instructions if i.op == "aten.full.default" and i.args[0]]
+    assert sorted(made) == [(FORWARD // 2, WIDTH), (WIDTH, FORWARD // 2)]
+
+
 def test_whole_heads_stay_together():
     heads = lowered(Plan(tp=2), state_of(1, key_heads=2)).inputs[2].placement.shards[0]
     assert heads.sizes == (8, 8)

@@ -150,7 +150,7 @@ class Placer:
 
     def _begun_in_part(self, id_: int, origin: Origin) -> int:
         """The zeros that a first step's new states begin with, as the parts that these will be."""
-        shards = self._wishes.get(id_, ())
+        shards = self._wishes.get(id_) or self._gradients.get(id_, ())
         if id_ not in self._constants or not shards or self._at(id_) != REPLICATE:
             return id_
         return self.placed(id_, Placement(shards), origin)
