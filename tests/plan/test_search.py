@@ -7,6 +7,8 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from moai.graph.step_graph import StepGraph
 from moai.lower.sampling import observe
@@ -69,13 +71,26 @@ def chosen(over: Cluster, budget: int) -> Choice:
     return search(Step(observed, BATCH), over, Described(over), budget, Allowed(), Plan())
 
 
-@pytest.mark.parametrize("link", [1e7, 1e8, 1e9])
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 1.0])
-def test_the_search_chooses_what_the_predictions_of_all_plans_would(link, share):
-    over = cluster(link)
+def decades(least: int, most: int) -> st.SearchStrategy[float]:
+    return st.floats(least, most).map(lambda power: 10.0**power)
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    """Devices and links of any speeds, in one node or in two."""
+    device = DeviceModel("any", "cpu", 1 << 30, draw(decades(8, 11)), {"fp32": draw(decades(8, 12))})
+    inside, between = (Link(draw(decades(6, 11)), draw(decades(-6, -3))) for _ in range(2))
+    nodes = draw(st.sampled_from([1, 2]))
+    return Cluster("test", device, nodes, DEVICES // nodes, inside, between)
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters(), st.floats(0.0, 1.0))
+def test_the_search_chooses_what_the_predictions_of_all_plans_would(over, share):
     plans = every(over)
     needs = sorted(found.memory.total for found in plans.values())
-    budget = int(needs[0] + share * (needs[-1] - needs[0])) + 1
+    budget = int(1.02 * needs[0] + share * (needs[-1] - needs[0]))
+    assume(all(abs(need / budget - 1) > 0.01 for need in needs))  # what follows from others' memory is about right
     fitting = {plan: found.step_s for plan, found in plans.items() if found.memory.total <= budget}
     alike = [plan for plan, seconds in fitting.items() if seconds <= min(fitting.values()) * (1 + INDISTINCT)]
     choice = chosen(over, budget)
