@@ -14,12 +14,13 @@ from typing import Any
 from moai.cli.plan.figures import matches
 from moai.cli.plan.request import Target
 from moai.dry.session import Captured
+from moai.lower.course import course
 from moai.plan.cluster import Cluster
 from moai.plan.options import Options
 from moai.plan.plan import Plan, Precision
 from moai.plan.search import Candidate, Choice, NoPlan, Step, search
 from moai.plan.space import Allowed
-from moai.plan.timings import Timings
+from moai.plan.timings import Timings, groups
 from moai.planning import problem
 from moai.platform.errors import AcceleratorError
 
@@ -158,6 +159,16 @@ def _alternative(planner: Planner, choice: Choice, target: Target, why: Mapping[
             keys = ",".join(f"{key}={value}" for key, value in why.items())
             raise AcceleratorError(f'--why "{keys}": there is no such plan for this step on {target.name}.') from None
         return next((c for c in candidates if c.prediction is not None), candidates[0])  # the best come first
+
+
+def course_of(chosen: Chosen) -> list[tuple[float, float]] | None:
+    """(part of the step's time, bytes that a device holds) under the chosen plan; None where that cannot be looked at:
+    of stages, and of a step whose optimizer is in another graph."""
+    plan, target, graph = chosen.choice.best.plan, chosen.target, chosen.captured.graph
+    if plan.pp > 1 or not graph.trains:
+        return None
+    taken, over = timings(target), groups(plan, target.cluster)
+    return course(graph, plan, lambda work: taken.durations(work, over))
 
 
 def ratio(other: Candidate, best: Candidate) -> float:

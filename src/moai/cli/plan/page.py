@@ -50,12 +50,16 @@ tr + tr td { border-top: 1px solid #e3e6eb } svg { width: 100%; height: auto } t
 """
 
 
-def write(chosen: Chosen, file: Path) -> None:
-    """Write the page as `file`. Raises OSError."""
+# (part of the step's time, bytes), in order
+Course = Sequence[tuple[float, float]]
+
+
+def write(chosen: Chosen, file: Path, course: Course | None = None) -> None:
+    """Write the page as `file`. `course`: how much memory a device holds, where that was looked at. Raises OSError."""
     descriptor, temporary = tempfile.mkstemp(dir=file.absolute().parent, suffix=".html")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(page(chosen))
+            stream.write(page(chosen, course))
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps it from others
         os.replace(temporary, file)
     except BaseException:
@@ -70,7 +74,7 @@ def _umask() -> int:
     return mask
 
 
-def page(chosen: Chosen) -> str:
+def page(chosen: Chosen, course: Course | None = None) -> str:
     """The page's text."""
     best, target = chosen.choice.best, chosen.target
     assert best.prediction is not None
@@ -81,7 +85,7 @@ def page(chosen: Chosen) -> str:
             f"<style>{_STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
             f"<p>{escape(_summary(chosen, best.prediction))}</p>",
-            *_drawings(best.prediction, best.plan, chosen.choice.budget_bytes),
+            *_drawings(best.prediction, best.plan, chosen.choice.budget_bytes, course),
             *_candidates(chosen.choice.candidates, best),
             f'<p class="quiet">MoAI {escape(__version__)}. All figures are predictions.</p></body></html>',
             "",
@@ -98,7 +102,7 @@ def _summary(chosen: Chosen, prediction: Prediction) -> str:
     )
 
 
-def _drawings(prediction: Prediction, plan: Plan, budget_bytes: int) -> Iterator[str]:
+def _drawings(prediction: Prediction, plan: Plan, budget_bytes: int, course: Course | None) -> Iterator[str]:
     shown = min(plan.micro, max(1, _MOST_BLOCKS // len(prediction.stages)))
     drawn = replace(plan, micro=shown)
     rows = lanes(prediction, drawn)
@@ -112,7 +116,8 @@ def _drawings(prediction: Prediction, plan: Plan, budget_bytes: int) -> Iterator
         yield f'<p class="quiet">The first {_MOST_ROWS} of {len(rows)} stages.</p>'
     yield "<h2>Memory of a device</h2>"
     fullest = max(rows, key=lambda lane: prediction.stages[lane.stage].memory.total)
-    yield _memory(held(prediction, fullest, drawn), end, budget_bytes, _devices(fullest.stage, plan))
+    curve = held(prediction, fullest, drawn) if course is None else [(end * part, level) for part, level in course]
+    yield _memory(curve, end, budget_bytes, _devices(fullest.stage, plan))
     parts = prediction.stages[fullest.stage].memory
     sizes = ", ".join(f"{figures.MEMORY[n]} {size(getattr(parts, n))}" for n in figures.MEMORY)
     yield f"<p>At its peak: {escape(sizes)}.</p>"

@@ -40,13 +40,14 @@ def plan(
     cluster = request.target.cluster
     captured = capture(step, cluster.n_devices * cluster.device.memory_bytes, seconds, verbose)
     from moai.cli.plan import page, report  # with torch, which is there by now
-    from moai.cli.plan.choosing import choose
+    from moai.cli.plan.choosing import choose, course_of
 
     with Waiting("Searching for the best plan"):
         sizes = others(request.target, environ)
         chosen = choose(captured, request.target, sizes, request.restricted, request.why)
     if request.html is not None:
-        page.write(chosen, request.html)
+        with Waiting("Drawing the plan"):
+            page.write(chosen, request.html, course_of(chosen))
     if in_json:
         print(json.dumps(report.as_json(chosen), indent=2))
     else:
