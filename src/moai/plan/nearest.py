@@ -22,10 +22,9 @@ _LIGHTER_PARTS = (1, 2, 4)  # times as many micro-batches
 
 def obstacle(plan: Plan, n_devices: int) -> str | None:
     """Why `plan` is impossible on `n_devices` devices, whatever it is to run; None if it is not."""
-    if plan.pp > 1:
-        return f"pp={plan.pp}: stages are not run yet"
     if plan.n_devices != n_devices:
-        sizes = f"dp={plan.dp} times tp={plan.tp}" if plan.tp > 1 else f"dp={plan.dp}"
+        counts = [("dp", plan.dp), *((key, size) for key, size in (("tp", plan.tp), ("pp", plan.pp)) if size > 1)]
+        sizes = " times ".join(f"{key}={size}" for key, size in counts)
         return f"{sizes} is {_devices(plan.n_devices)}, but the accelerator has {n_devices}"
     if plan.distribute_low_prec_param and not plan.distribute_param:
         return "distribute_low_prec_param=true needs distribute_param=true"

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from moai.graph.ops import random_rows
-from moai.graph.placement import Mesh, local_shape
+from moai.graph.placement import STAGES, Mesh, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
+from moai.lower.operators import BOUNDS
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.runtime import codegen, collectives, loops
 from moai.runtime.codegen import Call, PerPass
-from moai.runtime.collectives import Network, Peers
+from moai.runtime.collectives import Network, Partner, Peers
 from moai.runtime.compiled import Policy, ProgramRegions
 from moai.runtime.inductor import Compiler
 
@@ -243,10 +244,16 @@ class _Binding:
 
     def _call(self, instruction: Instruction) -> Call | None:
         op = instruction.op
-        if op in (loops.REPEAT, loops.END_REPEAT):
+        if op in BOUNDS:
             return None
         args = map_args(instruction.args, self._place.in_every_pass)
         kwargs = map_args(instruction.kwargs, self._place.in_every_pass)
+        if op == "send":
+            xs, stage = args
+            return Call(self._stage(stage).send, (xs,), kwargs)
+        if op == "receive":
+            stage, *what = args
+            return Call(self._stage(stage).receive, tuple(what), kwargs)
         if op == "bucket":
             return Call(collectives.bucket, (*args, self._device), kwargs)
         if op == collectives.WAIT:
@@ -274,6 +281,11 @@ class _Binding:
                 f"program {self._program.name} cannot meet its peers over {', '.join(axes)}: {error}",
                 in_collective=True,
             ) from error
+
+    def _stage(self, stage: int) -> Partner:
+        assert self._network is not None
+        mesh = self._program.mesh
+        return self._network.at(mesh.rank({**self._place.at, STAGES: stage}))
 
 
 def _operator(instruction: Instruction) -> torch._ops.OpOverload:
