@@ -31,7 +31,7 @@ from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
-from moai.lower.stages.assign import TooManyStages
+from moai.lower.stages.assign import NoCut
 from moai.lower.stages.pipeline import in_stages
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.unhindered import without_collections
@@ -226,8 +226,8 @@ def _staged(
     """A program for each stage."""
     try:
         pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
-    except TooManyStages:
-        raise PlanError(f"the step has no places where it could be cut into pp={plan.pp} stages.") from None
+    except NoCut as error:
+        raise PlanError(f"pp={plan.pp}: {error}.") from None
     inputs = [
         Slot(i.id, values.types[i.id], replace(values.placement(i.id), stages=stages), k in donated)
         for k, (i, stages) in enumerate(zip(graph.inputs, pipeline.inputs, strict=True))

@@ -59,8 +59,10 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
     """All plans that `nearest` chooses from."""
     few = range(1, min(plan.micro, _MOST_PARTS) + 1)
     parts = sorted({*few, *(2**i for i in range(_MOST_POWER.bit_length()))})
-    for dp, states, level, n in product(_divisors(n_devices), _STATES, _LEVELS, parts):
-        layout = replace(plan, dp=dp, tp=n_devices // dp, pp=1)
+    stages = _divisors(n_devices) if plan.pp > 1 else [1]
+    layouts = [(dp, pp) for dp, pp in product(_divisors(n_devices), stages) if n_devices % (dp * pp) == 0]
+    for (dp, pp), states, level, n in product(layouts, _STATES, _LEVELS, parts):
+        layout = replace(plan, dp=dp, tp=n_devices // (dp * pp), pp=pp)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)

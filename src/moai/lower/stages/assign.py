@@ -41,8 +41,9 @@ _HANDED_ON = frozenset({"accumulate", "collect", "take", "join"})
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be cut. `data` and `states` are the inputs; `changed` are the states that the step replaces; `living`
-    says of states on which stage they are. `phases`: of values."""
+    """What is to be cut. `data`, `states` and `passing` are the inputs, of which the last are activations or gradients
+    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which stages they
+    are already. `phases`: of values."""
 
     code: Sequence[Instruction]
     units: Sequence[Unit]
@@ -50,6 +51,7 @@ class Step:
     phases: Mapping[int, Phase]
     data: frozenset[int]
     states: frozenset[int]
+    passing: frozenset[int]
     changed: frozenset[int]
     living: Mapping[int, tuple[int, ...]]
     stages: int
@@ -72,12 +74,12 @@ class Assignment:
         return {self.home[i] for i in sources if i in self.home}
 
 
-class TooManyStages(Exception):
-    """The forward cannot be cut into so many stages."""
+class NoCut(ValueError):
+    """A step cannot be cut into so many stages. Its text says why."""
 
 
 def assigned(step: Step) -> Assignment:
-    """Raises TooManyStages."""
+    """Raises NoCut."""
     walk = _Walk(step)
     walk.cut_forward()
     walk.place_all()
@@ -92,6 +94,8 @@ class _Walk:
         for id_ in step.states:
             constant = id_ not in step.changed and id_ not in step.living and self._types[id_].numel <= _CONSTANT
             kinds[id_] = "number" if constant else "state"
+        backward = "backward" in step.phases.values()
+        kinds.update(dict.fromkeys(step.passing, "forward" if backward or not step.changed else "after"))
         leaves = {i: frozenset((i,)) for i, kind in kinds.items() if kind == "state"}
         home = {i: stages[0] for i, stages in step.living.items()}
         self.found = Assignment([None] * len(step.units), kinds, home, leaves)
@@ -167,22 +171,24 @@ class _Walk:
         seconds = [effort(self._step.code[self._step.units[k].at], self._step.values) for k in run]
         begins = balanced(seconds, crossing, self._step.stages)
         if begins is None:
-            raise TooManyStages
+            raise NoCut(f"the model has not enough places where it could be cut into {self._step.stages} stages")
         return begins
 
     def _crossing(self, run: Sequence[int]) -> list[int]:
         """For each unit of the run, the bytes that it and later ones read of earlier ones."""
         made: dict[int, int] = {}
         last: dict[int, int] = {}
+        held: dict[int, int] = {}
         for place, k in enumerate(run):
             unit = self._step.units[k]
             made.update(dict.fromkeys(unit.outs, place))
             last.update((i, place) for i in unit.uses if i in made)
+            listed = self._step.code[unit.at].op == "collect"
+            held.update((o, self._types[unit.uses[0] if listed else o].nbytes) for o in unit.outs)
         change = [0] * (len(run) + 1)
         for id_, place in last.items():
-            nbytes = self._types[id_].nbytes if id_ in self._types else 0
-            change[made[id_] + 1] += nbytes
-            change[place + 1] -= nbytes
+            change[made[id_] + 1] += held[id_]
+            change[place + 1] -= held[id_]
         found, now = [], 0
         for step in change[:-1]:
             now += step
@@ -219,12 +225,11 @@ class _Walk:
             self.found.home.update(dict.fromkeys(unit.outs, stage))
             for i in unit.uses:
                 leaves = self.found.leaves.get(i, ())
-                self._live(leaves, stage)
+                self._live((i,) if i in self._step.passing else leaves, stage)
                 for id_ in (i, *leaves):
                     self._there[id_].add(stage)
-        for id_ in self._step.states:
-            if self.found.kinds[id_] == "state":
-                self.found.home.setdefault(id_, 0)
+        self._live((i for i in self._step.states if self.found.kinds[i] == "state"), 0)
+        self._live(self._step.passing, 0)
 
     def _stage(self, k: int, unit: Unit, kind: Kind) -> int | None:
         if kind in ("number", "data"):
@@ -235,9 +240,16 @@ class _Walk:
             apart = {home for i in unit.uses for home in self.found.homes(i)}
             return self._where_most_is(unit) if len(apart) > 1 else None
         if kind == "forward":
-            behind = [self.found.home[i] for i in unit.uses if self.found.kinds[i] == "forward"]
-            return self._cut[k] if k in self._cut else max(behind, default=0)
+            return self._of_forward(k, unit)
         return self._of_backward(unit) if kind == "backward" else self._where_most_is(unit)
+
+    def _of_forward(self, k: int, unit: Unit) -> int:
+        """As it was cut, but not before what it reads of the same pass."""
+        read = [i for i in unit.uses if self.found.kinds[i] == "forward"]
+        behind = max((home for i in read for home in self.found.homes(i)), default=0)
+        if k not in self._cut:
+            return behind
+        return max(self._cut[k], behind) if unit.in_loop else self._cut[k]
 
     def _of_backward(self, unit: Unit) -> int:
         """The last stage that has all that is read of the forward, or else most of it."""

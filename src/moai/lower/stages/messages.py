@@ -19,7 +19,7 @@ import torch
 from moai.graph.step_graph import Ref
 from moai.lower.operators import is_view
 from moai.lower.program import Instruction
-from moai.lower.stages.assign import Assignment, Step
+from moai.lower.stages.assign import Assignment, NoCut, Step
 from moai.lower.stages.units import Unit, with_lanes
 
 # The part of a pass that something belongs to. Outside of loops all is "whole".
@@ -49,7 +49,7 @@ _END = 1 << 60
 
 
 def exchanged(step: Step, assignment: Assignment, outputs: Mapping[int, int]) -> list[StageCode]:
-    """`outputs`: the stage that is to have each output."""
+    """`outputs`: the stage that is to have each output. Raises NoCut."""
     return _Exchange(step, assignment, outputs).found
 
 
@@ -59,6 +59,7 @@ class _Exchange:
         self._found = assignment
         self._n = 1 + max((unit.section for unit in step.units), default=0)
         self._n += 1 - self._n % 2
+        self._inputs = step.states | step.data | step.passing
         self._maker = {o: k for k, unit in enumerate(step.units) for o in unit.outs}
         self._first: dict[tuple[int, int], _Place] = {}  # (stage, value) -> where it is read first
         self._done: dict[tuple[int, _Place], list[Unit]] = defaultdict(list)
@@ -136,7 +137,7 @@ class _Exchange:
 
     def _send_inputs(self) -> None:
         """States that are read on other stages than where they live."""
-        for id_ in self._step.states | self._step.data:
+        for id_ in self._inputs:
             home = self._found.home.get(id_)
             has = self._step.living.get(id_, (home,))
             for stage in range(self._step.stages):
@@ -167,7 +168,7 @@ class _Exchange:
         sections: list[dict[Part, list[Instruction]]] = [defaultdict(list) for _ in range(self._n)]
         for _, section, part, instruction in placed:
             sections[section][part].append(instruction)
-        reads = {i for s, i in self._first if s == stage and i in self._step.states | self._step.data}
+        reads = {i for s, i in self._first if s == stage and i in self._inputs}
         reads -= {i for i, target in self._sent if target == stage}
         return StageCode(sections, reads, {id_ for id_, owner in outputs.items() if owner == stage})
 
@@ -179,6 +180,9 @@ class _Exchange:
             section, part = self._way(id_, source, target)
             first = self._first[target, id_]
             here = (first.section, first.part) == (section, part)
+            if first.section == section and part == "backward" and first.part == "forward":
+                # Later stages wait for earlier ones in the forward: a message the other way would never come.
+                raise NoCut(f"stage {target} needs something of stage {source} before it has done its part")
             key = (source, target, section, part, first.at if here else _END, self._step.values.types[id_].dtype)
             together[key].append(id_)
         found: list[_Message] = []

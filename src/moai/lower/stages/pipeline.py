@@ -40,7 +40,7 @@ def in_stages(
     phases: Mapping[int, Phase],
     values: Values,
 ) -> Pipeline:
-    """Raises TooManyStages. `outputs`: the values that become the graph's outputs. `phases`: of values."""
+    """Raises NoCut. `outputs`: the values that become the graph's outputs. `phases`: of values."""
     living = {i.id: p.stages for i, p in zip(graph.inputs, given, strict=True) if p is not None and p.stages}
     code, step, assignment = _assigned(graph, plan, living, code, phases, values)
     homes = _homes_of_outputs(graph, outputs, assignment, plan.pp)
@@ -63,10 +63,11 @@ def _assigned(
 ) -> tuple[Sequence[Instruction], Step, Assignment]:
     """The stages of `code`, in which gradients of several stages are added up late."""
     data = frozenset(i.id for i in graph.inputs if i.batch)
-    states = frozenset(i.id for i in graph.inputs if not i.batch)
     changed = frozenset(graph.inputs[o.replaces].id for o in graph.outputs if o.replaces is not None)
+    passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - changed
+    states = frozenset(i.id for i in graph.inputs) - data - passing
     while True:
-        step = Step(code, units_of(code), values, phases, data, states, changed, living, plan.pp)
+        step = Step(code, units_of(code), values, phases, data, states, passing, changed, living, plan.pp)
         assignment = assigned(step)
         late = with_late_sums(code, assignment, values)
         if len(late) == len(code):
