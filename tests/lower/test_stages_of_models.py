@@ -18,7 +18,7 @@ PLANS = (
     Plan(pp=2),
     Plan(pp=2, micro=2),
     Plan(pp=2, dp=2, micro=2, recompute="full", distribute_param=True),
-    Plan(pp=4, micro=3, recompute="default", schedule="gpipe"),
+    Plan(pp=3, micro=3, recompute="default", schedule="gpipe"),
 )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moai.graph.placement import TIME, Mesh, Placement
-from moai.graph.step_graph import Node, Origin, StepGraph, TensorType, flat_ids, refs
+from moai.graph.step_graph import Node, Origin, StepGraph, TensorType, flat_ids, has_backward, refs
 from moai.lower.batches import with_batch_dims
 from moai.lower.canonical import canonical
 from moai.lower.check import check
@@ -228,6 +228,11 @@ def _staged(
         pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
     except NoCut as error:
         raise PlanError(f"pp={plan.pp}: {error}.") from None
+    notes = list(placer.notes)
+    if plan.micro < plan.pp and has_backward(graph):
+        notes.append(
+            f"There are fewer micro-batches ({plan.micro}) than stages ({plan.pp}): some stages always wait for others."
+        )
     inputs = [
         Slot(i.id, values.types[i.id], replace(values.placement(i.id), stages=stages), k in donated)
         for k, (i, stages) in enumerate(zip(graph.inputs, pipeline.inputs, strict=True))
@@ -248,7 +253,7 @@ def _staged(
         instructions=(),
         peak_bytes=0,
         resident_bytes=max(stage.resident_bytes for stage in stages),
-        notes=tuple(placer.notes),
+        notes=tuple(notes),
         stages=tuple(stages),
     )
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
-from moai.graph.step_graph import Phase
+from moai.graph.step_graph import Phase, flat_ids
 from moai.lower.operators import BUILTINS, is_view
 from moai.lower.program import Instruction
 from moai.lower.regions import is_fusable
-from moai.lower.stages.cut import balanced, following
+from moai.lower.stages.cut import balanced, count_layers, following
 from moai.lower.stages.effort import effort
 from moai.lower.stages.units import Unit
 from moai.lower.values import Values
@@ -168,10 +168,13 @@ class _Walk:
                 [(self.found.home[i], self._types[i].nbytes) for i in self._states_of((k,)) if i in living] for k in run
             ]
             return following(homes, crossing, self._step.stages)
-        seconds = [effort(self._step.code[self._step.units[k].at], self._step.values) for k in run]
-        begins = balanced(seconds, crossing, self._step.stages)
+        code = [self._step.code[self._step.units[k].at] for k in run]
+        layers = count_layers([(i.op, *(self._types.get(o) for o in flat_ids(i.outs))) for i in code])
+        if layers is not None and layers < self._step.stages:
+            raise NoCut(f"there are more stages than layers, of which the model has {layers}")
+        begins = balanced([effort(i, self._step.values) for i in code], crossing, self._step.stages)
         if begins is None:
-            raise NoCut(f"the model has not enough places where it could be cut into {self._step.stages} stages")
+            raise NoCut("the model has too few operators to be cut into so many stages")
         return begins
 
     def _crossing(self, run: Sequence[int]) -> list[int]:

@@ -9,10 +9,12 @@ slowest stage gains much by it. Where states lie on stages already, it is they t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 import torch
+
+from moai.lower.repeats import apart
 
 # How much slower the slowest stage may be for the sake of cuts that less crosses.
 _SLOWER = 1.2
@@ -47,6 +49,16 @@ def following(homes: Sequence[Sequence[tuple[int, int]]], crossing: Sequence[int
         places = range(first, len(homes) + 1)
         begins.append(min(places, key=lambda p: (before[p] + behind[p], crossing[p] if p < len(homes) else 0)))
     return begins
+
+
+def count_layers(steps: Sequence[Hashable]) -> int | None:
+    """How many layers the forward has: parts that do the same again and again. None if most of it does not repeat."""
+    found = apart(steps, 2)
+    if 2 * sum(s.end - s.start for s in found) < len(steps):
+        return None
+    longest = max(s.end - s.start for s in found)
+    # The last layer may end otherwise than the others.
+    return sum(round((s.end - s.start) / s.period) for s in found if 2 * (s.end - s.start) >= longest)
 
 
 def _places(seconds: Sequence[float], crossing: Sequence[int]) -> list[int]:
