@@ -164,9 +164,14 @@ class _Walk:
         states = self._states_of(run)
         living = [i for i in states if i in self.found.home]
         if 2 * sum(self._types[i].nbytes for i in living) >= sum(self._types[i].nbytes for i in states):
-            homes = [
-                [(self.found.home[i], self._types[i].nbytes) for i in self._states_of((k,)) if i in living] for k in run
-            ]
+            first: dict[int, int] = {}  # a state lives where it is read first: later reads say nothing
+            for place, k in enumerate(run):
+                for i in self._states_of((k,)):
+                    if i in self.found.home:
+                        first.setdefault(i, place)
+            homes: list[list[tuple[int, int]]] = [[] for _ in run]
+            for i, place in first.items():
+                homes[place].append((self.found.home[i], self._types[i].nbytes))
             return following(homes, crossing, self._step.stages)
         code = [self._step.code[self._step.units[k].at] for k in run]
         layers = count_layers([(i.op, *(self._types.get(o) for o in flat_ids(i.outs))) for i in code])
