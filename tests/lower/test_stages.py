@@ -191,7 +191,7 @@ def test_of_tied_weights_one_copy_and_one_gradient_cross_in_a_step() -> None:
 
 def test_memory_falls_with_the_number_of_stages() -> None:
     one, two, four = (stacked_program(12, Plan(pp=stages, micro=12), 12, width=128) for stages in (1, 2, 4))
-    assert one.resident_bytes > 1.7 * two.resident_bytes > 2.5 * four.resident_bytes
+    assert one.resident_bytes > 1.6 * two.resident_bytes > 2.2 * four.resident_bytes
     assert one.peak_bytes > 1.5 * two.peak_bytes > 2.0 * four.peak_bytes
 
 
