@@ -82,6 +82,9 @@ class Network(Protocol):
     def at(self, rank: int) -> Partner:
         """Another device, to exchange messages with."""
 
+    def settle(self) -> None:
+        """Waits until all messages that were sent have arrived. RuntimeError if one could not."""
+
 
 class Distributed:
     """A `Network` over `torch.distributed`: gloo for CPU devices, NCCL for GPUs."""
@@ -119,6 +122,9 @@ class Distributed:
     def at(self, rank: int) -> Partner:
         assert dist.group.WORLD is not None
         return OfGroup(dist.group.WORLD, rank, self._device, self._outbox)
+
+    def settle(self) -> None:
+        self._outbox.empty()
 
     def _new_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
         # Its threads inherit this thread's cores, and are to have those of the first group's: see `Worker.serve`.

@@ -58,6 +58,7 @@ class Executor:
         self._place = _Place(program.mesh, rank)
         self._calls = _Binding(program, self._place, device, network).calls()
         self._carried = loops.carried(program)
+        self._network = network if any(i.op == "send" for i in program.instructions) else None
         self._regions = ProgramRegions(program, self._calls, compiler, compile) if compiler else None
         self._function, self._code = self._generated({})
         self._checked = False
@@ -78,6 +79,8 @@ class Executor:
             self._check_slots("input", self.program.inputs, inputs)
         taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
         outputs = self._timed_run(inputs, scalars)
+        if self._network is not None:
+            self._settle(self._network)
         if self._fresh:
             self._check_slots(
                 "output", [self.program.outputs[i] for i in self._fresh], [outputs[i] for i in self._fresh]
@@ -85,6 +88,13 @@ class Executor:
             taken.update(_address(outputs[i]) for i in self._in_place)
             _own_memory(outputs, self._fresh, taken)
         return outputs
+
+    def _settle(self, network: Network) -> None:
+        """A run is over when what it sent has arrived."""
+        try:
+            network.settle()
+        except RuntimeError as error:
+            raise InstructionError(f"program {self.program.name}: {error}", in_collective=True) from error
 
     def _timed_run(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
         regions = self._regions

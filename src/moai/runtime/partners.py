@@ -28,31 +28,36 @@ class Partner(Protocol):
 
 
 class Outbox:
-    """Messages that are under way, kept until they have arrived."""
+    """Messages that are under way, kept until they have arrived. Backends do not say of a message that it has, but to
+    those who wait for it: a thread does."""
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[tuple[dist.Work, torch.Tensor]] = queue.SimpleQueue()
+        self._waiting: queue.Queue[tuple[dist.Work, torch.Tensor]] = queue.Queue()
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def put(self, work: dist.Work, message: torch.Tensor) -> None:
-        """RuntimeError if an earlier message could not be sent."""
-        if self._failure is not None:
-            raise RuntimeError(f"a message to another stage was not sent: {self._failure}") from self._failure
+        """Take charge of a message that is being sent."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._see_off, name="outbox", daemon=True)
             self._thread.start()
         self._waiting.put((work, message))
 
+    def empty(self) -> None:
+        """Waits until all messages have arrived. RuntimeError if one could not."""
+        self._waiting.join()
+        if self._failure is not None:
+            raise RuntimeError(f"a message to another stage did not arrive: {self._failure}") from self._failure
+
     def _see_off(self) -> None:
-        # Backends do not say of a message that it has arrived to those who do not wait for it.
-        try:
-            while True:
-                work, message = self._waiting.get()
+        while True:
+            work, message = self._waiting.get()
+            try:
                 work.wait()
-                del work, message
-        except Exception as error:
-            self._failure = error
+            except Exception as error:
+                self._failure = self._failure or error
+            del work, message
+            self._waiting.task_done()
 
 
 class OfGroup:
