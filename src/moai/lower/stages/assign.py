@@ -32,8 +32,9 @@ Kind = Literal["number", "data", "state", "forward", "backward", "after"]
 
 # Entries of what is made on every stage that needs it, though it is neither a view nor element by element.
 _SMALL = 4096
-# A state of so many entries that the step does not change is given to every stage that reads it.
-_CONSTANT = 4096
+# What the step does not change is given to every stage that reads it: tables of positions and frequencies, masks. A
+# weight is no such thing, so few entries may be floats.
+_CONSTANT, _FLOATS = 1 << 22, 128
 # The part of the states that a run of forward units must read to be cut for itself.
 _SHARE = 0.25
 _HANDED_ON = frozenset({"accumulate", "collect", "take", "join"})
@@ -92,8 +93,7 @@ class _Walk:
         self._types = step.values.types
         kinds: dict[int, Kind] = dict.fromkeys(step.data, "data")
         for id_ in step.states:
-            constant = id_ not in step.changed and id_ not in step.living and self._types[id_].numel <= _CONSTANT
-            kinds[id_] = "number" if constant else "state"
+            kinds[id_] = "number" if self._is_constant(id_) else "state"
         backward = "backward" in step.phases.values()
         kinds.update(dict.fromkeys(step.passing, "forward" if backward or not step.changed else "after"))
         leaves = {i: frozenset((i,)) for i, kind in kinds.items() if kind == "state"}
@@ -103,6 +103,11 @@ class _Walk:
         self._cut: dict[int, int] = {}
 
     # -- kinds
+
+    def _is_constant(self, id_: int) -> bool:
+        type_ = self._types[id_]
+        few = type_.numel <= (_FLOATS if type_.dtype.is_floating_point else _CONSTANT)
+        return few and id_ not in self._step.changed and id_ not in self._step.living
 
     def _kind(self, unit: Unit) -> Kind:
         kinds = self.found.kinds
@@ -178,9 +183,9 @@ class _Walk:
         if layers is not None and layers < self._step.stages:
             raise NoCut(f"there are more stages than layers, of which the model has {layers}")
         begins = balanced([effort(i, self._step.values) for i in code], crossing, self._step.stages)
-        if begins is None:
+        if begins is None and "backward" in self._step.phases.values():
             raise NoCut("the model has too few operators to be cut into so many stages")
-        return begins
+        return begins or [len(run)] * (self._step.stages - 1)  # a few operators on their own: all by the first stage
 
     def _crossing(self, run: Sequence[int]) -> list[int]:
         """For each unit of the run, the bytes that it and later ones read of earlier ones."""
