@@ -117,7 +117,7 @@ KINDS = tuple(
         "dp=2,distribute_param=true,distribute_low_prec_param=true,precision=fp64",
         "dp=2,tp=2,micro=4,recompute=full,distribute_param=true,precision=fp64",
         "pp=2,micro=4,precision=fp64",
-        "pp=4,micro=4,schedule=gpipe,precision=fp64",
+        "pp=2,micro=4,schedule=gpipe,precision=fp64",
         "tp=2,pp=2,micro=4,recompute=default,precision=fp64",
         "dp=2,pp=2,micro=4,distribute_param=true,precision=fp64",
         "dp=2,pp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
