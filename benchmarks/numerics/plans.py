@@ -27,15 +27,19 @@ class Point:
     recompute: str
     states: str
     precision: str
+    pp: int = 1
+    schedule: str = "1f1b"
 
     def __str__(self) -> str:
         """The plan, as MOAI_PLAN takes it: dp, precision, and what is not as usual."""
         parts = [f"dp={self.dp}"]
         parts += [f"tp={self.tp}"] * (self.tp > 1)
+        parts += [f"pp={self.pp}"] * (self.pp > 1)
         parts += [f"micro={self.micro}"] * (self.micro > 1)
         parts += [f"recompute={self.recompute}"] * (self.recompute != "none")
         parts += ["distribute_param=true"] * (self.states != "whole")
         parts += ["distribute_low_prec_param=true"] * (self.states == "distribute_low_prec_param")
+        parts += [f"schedule={self.schedule}"] * (self.schedule != "1f1b")
         return ",".join([*parts, f"precision={self.precision}"])
 
     @staticmethod
@@ -50,6 +54,8 @@ class Point:
             given.pop("recompute", "none"),
             states[-1] if states else "whole",
             given.pop("precision", "fp32"),
+            int(given.pop("pp", 1)),
+            given.pop("schedule", "1f1b"),
         )
         if given or point.precision not in PRECISION:
             raise ValueError(f'"{text}" is no plan of this report: it has {", ".join(given) or point.precision}.')
@@ -58,7 +64,7 @@ class Point:
     @property
     def n_devices(self) -> int:
         """How many devices the plan is for."""
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     @property
     def batch(self) -> int:
@@ -110,6 +116,11 @@ KINDS = tuple(
         "dp=2,distribute_param=true,precision=fp64",
         "dp=2,distribute_param=true,distribute_low_prec_param=true,precision=fp64",
         "dp=2,tp=2,micro=4,recompute=full,distribute_param=true,precision=fp64",
+        "pp=2,micro=4,precision=fp64",
+        "pp=2,micro=4,schedule=gpipe,precision=fp64",
+        "tp=2,pp=2,micro=4,recompute=default,precision=fp64",
+        "dp=2,pp=2,micro=4,distribute_param=true,precision=fp64",
+        "dp=2,pp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
         "dp=2,precision=fp32",
         "dp=2,precision=bf16",
         "dp=2,tp=2,distribute_param=true,distribute_low_prec_param=true,precision=bf16",

@@ -41,7 +41,8 @@ from moai.platform.flavors import Flavor
 from moai.platform.progress import Waiting
 from moai.platform.speed import Speedometer
 from moai.platform.telemetry import Publisher
-from moai.runtime.accelerator import Accelerator, Buffer, local_bytes
+from moai.runtime.accelerator import Accelerator
+from moai.runtime.buffers import Buffer
 from moai.runtime.messages import Pulse
 
 logger = logging.getLogger("moai")
@@ -221,7 +222,7 @@ class Session:
     def _execute(self, segment: Segment) -> list[Buffer]:
         accelerator = self.acquire()
         given = tuple(None if v.buffer is None else v.buffer.placement for v in segment.inputs)
-        program = self._program(segment.graph, given, lambda: self._other_bytes(segment))
+        program = self._program(segment.graph, given, lambda: max(self._other_bytes(segment)))
         self._check_memory(program, segment)
         self._upload(program, segment)
         outputs = accelerator.run(program, [v.buffer for v in segment.inputs], segment.scalars)
@@ -270,15 +271,19 @@ class Session:
         resident = self.acquire().resident_bytes
         if program.peak_bytes + resident <= available:  # the inputs counted twice: enough, mostly
             return
-        others = self._other_bytes(segment)
-        if program.peak_bytes + others > available:
+        stages = program.stages or (program,)
+        needed, others = max(
+            (stage.peak_bytes + others, others)
+            for stage, others in zip(stages, self._other_bytes(segment, len(stages)), strict=True)
+        )
+        if needed > available:
             other = self._fitting_plan(segment.graph, available - others)
-            raise memory_error(program.peak_bytes + others, available, f'{parse.VARIABLE}="{other}"' if other else "")
+            raise memory_error(needed, available, f'{parse.VARIABLE}="{other}"' if other else "")
 
-    def _other_bytes(self, segment: Segment) -> int:
-        """Bytes of a device that hold other things than the segment's inputs."""
+    def _other_bytes(self, segment: Segment, stages: int = 1) -> list[int]:
+        """Bytes of a device of each stage that hold other things than the segment's inputs."""
         inputs = {id(v.buffer): v.buffer for v in segment.inputs if v.buffer is not None}
-        return self.acquire().resident_bytes - sum(map(local_bytes, inputs.values()))
+        return [self.acquire().beside(inputs.values(), stage) for stage in range(stages)]
 
     def _fitting_plan(self, graph: StepGraph, available: int) -> Plan | None:
         """The nearest plan under which a device needs at most `available` bytes for `graph`, if one is found soon."""

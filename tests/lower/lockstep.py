@@ -1,4 +1,5 @@
 """All devices of a Program in one process, instruction by instruction: what the runtime does, without a network.
+Stages of a pipeline take turns: one goes on until it waits for a message.
 
 In: global tensors (`run`) or every device's parts (`run_local`). Out: the same of the outputs. Nothing of the runtime
 is used, so that the two can be held against each other.
@@ -6,12 +7,14 @@ is used, so that the two can be held against each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from moai.graph.placement import TIME, Mesh, Placement, Shard, local_shape
+from moai.graph.placement import STAGES, TIME, Mesh, Placement, Shard, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args
 from moai.lower.operators import operator
 from moai.lower.program import Instruction, PerRank, Program, Slot
@@ -19,11 +22,12 @@ from moai.lower.program import Instruction, PerRank, Program, Slot
 Local = list[torch.Tensor]  # a tensor's part on every device
 At = Mapping[str, int]
 Cut = tuple[int, tuple[int, ...], int]  # dim, sizes, blocks
+Mail = dict[tuple[int, int, int], deque[list[torch.Tensor]]]  # by sending and receiving stage, and device within it
 
 
 def run(program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float] = ()) -> list[torch.Tensor]:
     """The global outputs, given the global inputs."""
-    mesh = program.mesh
+    mesh = Mesh(tuple((name, size) for name, size in program.mesh.axes if name != STAGES))
     parts = [spread(t, s.placement, mesh) for t, s in zip(inputs, program.inputs, strict=True)]
     found = run_local(program, parts, scalars)
     return [whole(p, s.placement, mesh) for p, s in zip(found, program.outputs, strict=True)]
@@ -31,15 +35,28 @@ def run(program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[floa
 
 def run_local(program: Program, inputs: Sequence[Local], scalars: Sequence[float] = ()) -> list[Local]:
     """The parts of the outputs, given those of the inputs. Buffers that were not donated must come back unchanged."""
-    devices = _Devices(program, scalars)
+    mail: Mail = defaultdict(deque)
+    stages = [_Devices(program, s, scalars, mail) for s in range(program.mesh.n_stages)]
     before = [[p.clone() for p in parts] for parts in inputs]
     for slot, parts in zip(program.inputs, inputs, strict=True):
-        devices.put(slot, parts)
-    devices.run()
+        for devices in stages:
+            if slot.placement.on(devices.stage):  # each stage has its own copy of what several have
+                devices.put(slot, parts if devices is stages[-1] else [p.clone() for p in parts])
+    _run_in_turns(stages)
+    assert not any(mail.values()), "messages that nobody received"
     for slot, parts, old in zip(program.inputs, inputs, before, strict=True):
         if not slot.donated:
             torch.testing.assert_close(parts, old, rtol=0, atol=0, equal_nan=True)
-    return [devices.get(slot) for slot in program.outputs]
+    made = [iter(map(devices.get, devices.program.outputs)) for devices in stages]
+    return [next(made[slot.placement.stages[0] if slot.placement.stages else 0]) for slot in program.outputs]
+
+
+def _run_in_turns(stages: Sequence[_Devices]) -> None:
+    running = [devices.run() for devices in stages]
+    while running:
+        done = sum(devices.done for devices in stages)
+        running = [r for r in running if next(r, None) is not None]
+        assert not running or sum(devices.done for devices in stages) > done, "all stages wait for each other"
 
 
 def spread(tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> Local:
@@ -48,14 +65,15 @@ def spread(tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> Local:
     terms = [torch.randn(tensor.shape).to(tensor.dtype) for _ in range(n_terms - 1)]
     terms.append(tensor - sum(terms) if terms else tensor)
     found = []
-    for at in map(mesh.coordinates, range(mesh.n_devices)):
+    for at in map(mesh.coordinates, range(mesh.n_devices // mesh.n_stages)):
         term = terms[mesh.index(placement.partial, at)]
         found.append(term[_positions(tensor.shape, placement, mesh, at)].clone())
     return found
 
 
 def whole(parts: Local, placement: Placement, mesh: Mesh) -> torch.Tensor:
-    """The tensor that lies on the devices as `parts`; devices that hold the same must do so bit for bit."""
+    """The tensor that lies on the devices as `parts`; devices that hold the same must do so bit for bit. `parts` are
+    those of one stage."""
     shape = list(parts[0].shape)
     for shard in placement.shards:
         shape[shard.dim] = sum(shard.sizes) * shard.blocks
@@ -87,12 +105,16 @@ class _Arriving:
 
 
 class _Devices:
-    """The values of all devices, and the pass of the loop that they are in."""
+    """The values of all devices of a stage, and the pass of the loop that they are in. Devices are numbered within
+    the stage, on a mesh without stages. `done` instructions have been executed."""
 
-    def __init__(self, program: Program, scalars: Sequence[float]) -> None:
-        self.program = program
-        self.mesh = program.mesh
+    def __init__(self, program: Program, stage: int, scalars: Sequence[float], mail: Mail) -> None:
+        self.program = program.of(stage)
+        self.stage = stage
+        self.mesh = Mesh(tuple((name, size) for name, size in program.mesh.axes if name != STAGES))
         self.scalars = scalars
+        self.mail = mail
+        self.done = 0
         self.step: int | None = None  # None: in no loop
         self.stores: list[dict[int, Any]] = [{} for _ in range(self.mesh.n_devices)]
         self.of_pass: set[int] = set()  # what this pass has defined and does not hand on
@@ -108,27 +130,35 @@ class _Devices:
             self._check_slot(slot, part, rank)
         return parts
 
-    def run(self) -> None:
+    def run(self) -> Iterator[bool]:
+        """Comes back whenever a message has not arrived yet."""
         instructions = self.program.instructions
-        index = start = 0
-        while index < len(instructions):
-            instruction = instructions[index]
+        begin: int | None = None
+        for index, instruction in enumerate(instructions):
             if instruction.op == "repeat":
-                assert self.step is None, "a loop inside of a loop"
-                self.step, start = 0, index
+                assert begin is None, "a loop inside of a loop"
+                begin = index
             elif instruction.op == "end_repeat":
-                assert self.step is not None, "the end of no loop"
-                self._end_pass()
-                if self.step + 1 < self.mesh.steps:
-                    self.step, index = self.step + 1, start
-                else:
-                    self.step = None
-                    for rank in range(self.mesh.n_devices):
-                        self._free(instruction, rank)
-            else:
-                self._execute(instruction)
-            index += 1
-        assert self.step is None, "a loop without an end"
+                assert begin is not None, "the end of no loop"
+                yield from self._run_loop(instructions[begin:index])
+                begin = None
+                for rank in range(self.mesh.n_devices):
+                    self._free(instruction, rank)
+            elif begin is None:
+                yield from self._execute(instruction)
+        assert begin is None, "a loop without an end"
+
+    def _run_loop(self, code: Sequence[Instruction]) -> Iterator[bool]:
+        begins = [at for at, i in enumerate(code) if i.op == "begin_part"] or [0]
+        parts = [code[a + 1 : b] for a, b in pairwise([*begins, len(code)])]
+        passes = [(part, step) for step in range(self.mesh.steps) for part in range(len(parts))]
+        order = code[0].args[0] if code[0].args else passes
+        assert sorted(order) == sorted(passes), "some part of a pass is not run once"
+        for part, self.step in order:
+            for instruction in parts[part]:
+                yield from self._execute(instruction)
+            self._end_pass()
+        self.step = None
 
     def _end_pass(self) -> None:
         for store in self.stores:
@@ -136,10 +166,17 @@ class _Devices:
                 store.pop(id_, None)
         self.of_pass.clear()
 
-    def _execute(self, instruction: Instruction) -> None:
+    def _execute(self, instruction: Instruction) -> Iterator[bool]:
         ranks = range(self.mesh.n_devices)
         args = [self._resolved(instruction.args, r) for r in ranks]
-        if instruction.kwargs.get("in_place"):
+        results: list[Any]
+        if instruction.op == "send":
+            results = [self._send(r, *args[r]) for r in ranks]
+        elif instruction.op == "receive":
+            while not self.mail[args[0][0], self.stage, 0]:
+                yield True
+            results = [self._received(r, *args[r]) for r in ranks]
+        elif instruction.kwargs.get("in_place"):
             results = self._sum_in_place(args)
         elif instruction.op in _COLLECTIVES:
             results = self._collective(instruction.op, args)
@@ -148,7 +185,7 @@ class _Devices:
         elif instruction.op in ("accumulate", "collect"):
             assert self.step is not None, f"{instruction} outside of a loop"
             handed_on = _accumulate if instruction.op == "accumulate" else _collect
-            last = [store.get(instruction.outs) if self.step else None for store in self.stores]
+            last = [store.get(instruction.outs) for store in self.stores]
             results = [handed_on(last[r], *args[r]) for r in ranks]
         elif instruction.op == "take":
             assert self.step is not None, f"{instruction} outside of a loop"
@@ -162,6 +199,16 @@ class _Devices:
         for r in ranks:
             self._bind(instruction, results[r], r)
             self._free(instruction, r)
+        self.done += 1
+
+    def _send(self, rank: int, xs: Sequence[torch.Tensor], stage: int) -> None:
+        assert len({x.dtype for x in xs}) == 1 and stage != self.stage
+        self.mail[self.stage, stage, rank].append([x.clone() for x in xs])
+
+    def _received(self, rank: int, stage: int, shapes: Sequence[Any], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        message = self.mail[stage, self.stage, rank].popleft()
+        assert [(x.shape, x.dtype) for x in message] == [(torch.Size(s), dtype) for s in shapes]
+        return tuple(message)
 
     def _resolved(self, args: Any, rank: int) -> Any:
         def leaf(value: Any) -> Any:

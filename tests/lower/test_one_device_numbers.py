@@ -54,6 +54,7 @@ def check(fn: Callable[..., Any], state: Tensors, batch: Tensors, plans: Sequenc
     plain = [t.clone() for t in (*state, *batch)]
     expected = list(fn(*plain))
     expected += [plain[o.replaces] for o in graph.outputs if o.replaces is not None]
+    last: Any = None
     for plan in plans:
         if plan.micro > 1 and len(batch[0]) < plan.dp * plan.micro:
             continue

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import moai.lower.lowering
+import moai.lower.finishing
 from moai.graph.placement import REPLICATE, Mesh
 from moai.graph.step_graph import Ref, Scalar, TensorType
 from moai.lower import Program, lower
@@ -113,7 +113,7 @@ def test_the_order_changes_no_number(plan: Plan, monkeypatch: pytest.MonkeyPatch
     batch = [torch.randn(8, 8), (torch.rand(8, 8) > 0.5).float()]
     graph = trace(step, state, batch)
     with_regions = lower(graph, plan, [None] * 5)
-    monkeypatch.setattr(moai.lower.lowering, "gathered", lambda code, outputs, values: list(code))
+    monkeypatch.setattr(moai.lower.finishing, "gathered", lambda code, outputs, values: list(code))
     without = lower(graph, plan, [None] * 5)
     assert len(regions(with_regions)) >= 6
     assert run(with_regions, [*state, *batch])[0] == run(without, [*state, *batch])[0]

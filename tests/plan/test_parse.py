@@ -92,7 +92,8 @@ def test_several_mistakes_are_one_message():
         ("dp=1", "dp=1 is 1 device, but the accelerator has 4", "dp=4"),
         ("tp=3", "tp=3 does not divide the 4 devices of the accelerator", "dp=1,tp=4"),
         ("tp=8", "tp=8 does not divide the 4 devices of the accelerator", "dp=1,tp=4"),
-        ("pp=2,tp=2", "pp=2: stages are not run yet", "dp=2,tp=2"),
+        ("pp=3,tp=2", "tp=2 times pp=3 does not divide the 4 devices of the accelerator", "dp=1,tp=2,pp=2"),
+        ("dp=2,pp=4", "dp=2 times pp=4 is 8 devices, but the accelerator has 4", "dp=1,pp=4"),
     ],
 )
 def test_a_plan_for_other_devices_is_refused(text, reason, nearest):

@@ -9,7 +9,8 @@ from moai.graph.placement import REPLICATE, Mesh, Placement, Shard
 from moai.graph.step_graph import Ref, TensorType
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.platform.device import Device
-from moai.runtime.accelerator import Accelerator, Buffer
+from moai.runtime.accelerator import Accelerator
+from moai.runtime.buffers import Buffer
 
 _names = itertools.count()
 

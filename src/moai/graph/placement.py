@@ -1,6 +1,7 @@
 """Placements: how one global tensor lies on a mesh of devices.
 
 A mesh has named axes. One of them, "micro", is executed in time: its coordinate is the pass of a loop and not a device.
+Along another, "pp", devices do not do the same: a coordinate there is a stage, and nothing is ever split over stages.
 
 `Shard.sizes` gives the length of every part, so an uneven split is as ordinary as an even one, and local shapes are
 arithmetic: nothing has to be divisible. A placement that names neither shards nor partial axes is whole everywhere.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TIME = "micro"
+STAGES = "pp"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Mesh:
         """Passes of the loop over micro-batches."""
         return self.sizes.get(TIME, 1)
 
+    @cached_property
+    def n_stages(self) -> int:
+        """Stages that devices along "pp" are."""
+        return self.sizes.get(STAGES, 1)
+
+    def stage(self, rank: int) -> int:
+        """The stage of device `rank`."""
+        return self.coordinates(rank).get(STAGES, 0)
+
+    def at_stage(self, rank: int, stage: int) -> int:
+        """The device of `stage` that is where device `rank` is on every other axis."""
+        return self.rank({**self.coordinates(rank), STAGES: stage})
+
     def count(self, axes: Sequence[str]) -> int:
         """The number of coordinates over `axes`."""
         return math.prod(self.sizes[a] for a in axes)
@@ -51,6 +66,10 @@ class Mesh:
             if name != TIME:
                 rank, found[name] = divmod(rank, size)
         return found
+
+    def rank(self, at: Mapping[str, int]) -> int:
+        """The device at coordinate `at`."""
+        return self.index([name for name, _ in self.axes if name != TIME], at)
 
     def index(self, axes: Sequence[str], at: Mapping[str, int]) -> int:
         """The number of coordinate `at` over `axes`, row by row."""
@@ -93,13 +112,20 @@ class Shard:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`shards`: at most one a dim, in order of dims, no axis in two of them. `partial`: axes, in order of the mesh,
-    over which devices hold terms whose sum is the tensor. Over every other axis all hold the same."""
+    over which devices hold terms whose sum is the tensor. Over every other axis all hold the same. `stages`: those
+    that have the tensor, each all of it; () stands for all."""
 
     shards: tuple[Shard, ...] = ()
     partial: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join([*map(str, self.shards), *(f"P({a})" for a in self.partial)]) or "R"
+        lies = " ".join([*map(str, self.shards), *(f"P({a})" for a in self.partial)]) or "R"
+        return f"{lies} on {','.join(map(str, self.stages))}" if self.stages else lies
+
+    def on(self, stage: int) -> bool:
+        """Whether the devices of `stage` have the tensor."""
+        return not self.stages or stage in self.stages
 
     @property
     def split_axes(self) -> tuple[str, ...]:

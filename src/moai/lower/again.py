@@ -20,13 +20,12 @@ from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
 from moai.lower.memory import SharedMemory
 from moai.lower.on_meta import written
-from moai.lower.operators import BUILTINS, operator
+from moai.lower.operators import BOUNDS, BUILTINS, operator
 from moai.lower.program import Instruction, Program
 from moai.lower.regions import Region, is_plain_view, region_of
 
 # What is computed again for one value, in instructions: more may take longer than reading it.
 _MOST = 6
-_BOUNDS = frozenset({"repeat", "end_repeat"})
 
 
 def computing_again(program: Program, regions: Sequence[Region]) -> tuple[Region, ...]:
@@ -48,7 +47,7 @@ class _Search:
         self._made = {o: at for at, i in enumerate(self._code) for o in flat_ids(i.outs)}
         self._readers: dict[int, list[int]] = defaultdict(list)
         self._freed: dict[int, int] = {}
-        self._bounds = [at for at, i in enumerate(self._code) if i.op in _BOUNDS]
+        self._bounds = [at for at, i in enumerate(self._code) if i.op in BOUNDS]
         self._numel = {slot.id: slot.type.numel for slot in program.inputs if not slot.placement.shards}
         self._memory = SharedMemory()
         self._writes: dict[int, list[int]] = defaultdict(list)  # by the name of the set of values

@@ -20,6 +20,7 @@ import torch
 
 from moai.graph.step_graph import Ref, flat_ids
 from moai.lower.cleanup import uses
+from moai.lower.operators import BOUNDS
 from moai.lower.program import Instruction
 from moai.lower.repeats import apart
 from moai.lower.values import Values
@@ -47,7 +48,6 @@ _UNDER_WAY = 2
 _COPY = "aten.copy_.default"
 
 _SUMS = frozenset({"all_reduce", "reduce_scatter"})
-_BOUNDS = frozenset({"repeat", "end_repeat"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def bucketed(code: Sequence[Instruction], values: Values, states: Collection[int
     out: list[Instruction] = []
     part: list[Instruction] = []
     for instruction in code:
-        if instruction.op in _BOUNDS:
+        if instruction.op in BOUNDS:
             out += (*_bucketed(part, values, states), instruction)
             part = []
         else:

@@ -13,6 +13,10 @@ from moai.lower.program import PerRank, Program, Slot
 
 def check(program: Program) -> None:
     """Values are defined before they are used, and not used after; shapes are known; outputs are written."""
+    for stage in range(len(program.stages)):
+        check(program.of(stage))
+    if program.stages:
+        return
     alive = {s.id for s in program.inputs}
     defined = set(alive)
     for at, instruction in enumerate(program.instructions):

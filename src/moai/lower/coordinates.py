@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from moai.graph.placement import TIME, Mesh
+from moai.graph.placement import STAGES, TIME, Mesh
 from moai.graph.step_graph import map_args
 from moai.lower.operators import BUILTINS, operator
 from moai.lower.program import Instruction, PerRank, Program
@@ -57,14 +57,16 @@ def per_ranks(args: Any) -> Iterator[PerRank]:
 
 
 def representatives(program: Program) -> list[int]:
-    """Few devices that stand for all: the corners of the mesh, and for each length of a tensor one that has it."""
+    """Few devices that stand for all: the corners of the mesh, and for each length of a tensor one that has it. Of
+    stages, those of the first one: the others' have the same lengths."""
     mesh = program.mesh
-    ends = [sorted({0, size - 1}) for name, size in mesh.axes if name != TIME]
+    ends = [[0] if name == STAGES else sorted({0, size - 1}) for name, size in mesh.axes if name != TIME]
     space = [name for name, _ in mesh.axes if name != TIME]
     chosen = {mesh.index(space, dict(zip(space, corner, strict=True))) for corner in product(*ends)}
-    lengths = {n for i in program.instructions for n in per_ranks(i.shapes)}
+    code = [i for p in program.stages or (program,) for i in p.instructions]
+    lengths = {n for i in code for n in per_ranks(i.shapes)}
     missing = {(n, value) for n in lengths for value in n.values}
-    for rank in [*sorted(chosen), *range(mesh.n_devices)]:
+    for rank in [*sorted(chosen), *range(mesh.n_devices // mesh.n_stages)]:
         passes = [mesh.coordinates(rank, step) for step in range(mesh.steps)]
         own = {(n, n.values[mesh.index(n.axes, at)]) for n in lengths for at in passes}
         if not missing.isdisjoint(own):

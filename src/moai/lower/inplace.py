@@ -17,12 +17,11 @@ from typing import Any
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
 from moai.lower.cleanup import renamed_refs, uses
 from moai.lower.memory import SharedMemory
-from moai.lower.operators import in_place_form, is_view, operator, overlaps_itself
+from moai.lower.operators import BOUNDS, in_place_form, is_view, operator, overlaps_itself
 from moai.lower.program import Instruction
 from moai.lower.values import Values
 
 _CLONE = "aten.clone.default"
-_BOUNDS = frozenset({"repeat", "end_repeat"})
 # What a list holds is still read in other passes and loops.
 _SHARED = frozenset({"collect", "take"})
 
@@ -48,10 +47,10 @@ class _Walk:
         self._last_use = {id_: at for at, instruction in enumerate(code) for id_ in uses(instruction)}
         self._last_use |= dict.fromkeys(kept, len(code))
         self._made: dict[int, int] = {o: at for at, i in enumerate(code) for o in flat_ids(i.outs)}
-        self._begin = -1  # of the loop around the instruction at hand
+        self._begin = -1  # of the loop around the instruction at hand, or of its part
         for at, instruction in enumerate(code):
-            if instruction.op in _BOUNDS:
-                self._begin = at if instruction.op == "repeat" else -1
+            if instruction.op in BOUNDS:
+                self._begin = -1 if instruction.op == "end_repeat" else at
             elif instruction.op == "accumulate":
                 instruction = replace(instruction, args=(instruction.args[0], self._owns(instruction, at)))
             elif instruction.op in _SHARED:

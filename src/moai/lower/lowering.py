@@ -11,32 +11,29 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moai.graph.placement import TIME, Mesh, Placement
-from moai.graph.step_graph import Node, Origin, Ref, StepGraph, TensorType, flat_ids, refs
+from moai.graph.step_graph import Node, Origin, StepGraph, TensorType, flat_ids, has_backward, refs
 from moai.lower.batches import with_batch_dims
-from moai.lower.buckets import bucketed
 from moai.lower.canonical import canonical
 from moai.lower.check import check
-from moai.lower.cleanup import uses, without_dead, without_repetitions
+from moai.lower.cleanup import without_dead, without_repetitions
 from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.dropped import with_own_views
 from moai.lower.experts import without_sorts
-from moai.lower.inplace import in_place
+from moai.lower.finishing import finished
 from moai.lower.inputs import Arrival, arrivals, global_batch
 from moai.lower.loops import in_loops
-from moai.lower.memory import SharedMemory, with_frees
 from moai.lower.moving import without_time
-from moai.lower.operators import is_view, overlaps_itself
 from moai.lower.peak import peak_bytes
 from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
-from moai.lower.regions import gathered
-from moai.lower.small_sums import under_way
+from moai.lower.stages.assign import NoCut
+from moai.lower.stages.pipeline import in_stages
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
 from moai.lower.unhindered import without_collections
 from moai.lower.validate import validate
@@ -67,18 +64,27 @@ def lower(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Pr
     result on several devices.
     """
     plan = fitted(graph, plan, given)
-    tried = (_of_few_layers(graph, few, plan) for few in shallow(graph, given, plan))
+    few_layers = shallow(graph, given, plan) if plan.pp == 1 else ()
+    tried = (_of_few_layers(graph, few, plan) for few in few_layers)
     deep = next((deep for deep in tried if deep is not None), None)
     if deep is not None:
         program = deep.program
     else:
         whole = lowered(graph, plan, given)
         types = whole.types
-        program = replace(whole.program, peak_bytes=peak_bytes(whole.program, types))
+        program = _with_peak(whole.program, types)
     if os.environ.get(VALIDATE) == "1":
         check(program)
         validate(program, types if deep is None else deep.types())
     return program
+
+
+def _with_peak(program: Program, types: Mapping[int, TensorType]) -> Program:
+    """`program` with what its devices hold at most."""
+    if not program.stages:
+        return replace(program, peak_bytes=peak_bytes(program, types))
+    stages = tuple(_with_peak(stage, types) for stage in program.stages)
+    return replace(program, stages=stages, peak_bytes=max(stage.peak_bytes for stage in stages))
 
 
 def _of_few_layers(graph: StepGraph, few: Shallow, plan: Plan) -> Deep | None:
@@ -143,10 +149,11 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], beg
         nodes, types = with_own_views(nodes, types, graph.inputs)
     twice = range(once, len(types))
     values = Values(types, mesh)
+    lies = [None if p is None else replace(p, stages=()) for p in given]
     if plan.tp > 1:
         nodes = with_batch_dims(nodes, values, outputs)
     split = tensor_parallel(nodes, values, graph, plan)
-    arriving = arrivals(graph, plan, mesh, given, split.inputs)
+    arriving = arrivals(graph, plan, mesh, lies, split.inputs)
     placer = _placer(graph, plan, values, split, arriving)
     for node in split.nodes:
         placer.add(node)
@@ -156,34 +163,102 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], beg
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
     code = in_loops(code, outputs, placer.remade, values)
-    states = [id_ for id_, out in zip(outputs, graph.outputs, strict=True) if out.replaces is not None]
-    code = under_way(code, states, values)
-    code = bucketed(code, values, placer.stored)
-    code = gathered(code, outputs, values)
     donated = _donated(graph)
-    borrowed = [i.id for k, i in enumerate(graph.inputs) if k not in donated]
-    code, renamed = in_place(code, borrowed, outputs, values)
-    outputs = [renamed.get(o, o) for o in outputs]
-    code, outputs = _outputs_apart(code, outputs, set(borrowed), values)
-    code = with_frees(code, {*outputs, *borrowed})
+    if plan.pp > 1:
+        program = _staged(graph, plan, given, code, outputs, donated, placer, values)
+    else:
+        program = _whole(graph, code, outputs, donated, placer, values)
+    return Lowered(program, values.types, split.nodes, twice)
 
-    inputs = [i.id for i in graph.inputs]
-    program = Program(
+
+def _whole(
+    graph: StepGraph,
+    code: Sequence[Instruction],
+    outputs: Sequence[int],
+    donated: Collection[int],
+    placer: Placer,
+    values: Values,
+) -> Program:
+    """The program that all devices run."""
+    inputs = [Slot(i.id, values.types[i.id], values.placement(i.id), k in donated) for k, i in enumerate(graph.inputs)]
+    replaced = [out.replaces for out in graph.outputs]
+    return _finished(graph, code, inputs, list(zip(outputs, replaced, strict=True)), (), placer, values)
+
+
+def _finished(
+    graph: StepGraph,
+    code: Sequence[Instruction],
+    inputs: Sequence[Slot],
+    outputs: Sequence[tuple[int, int | None]],
+    stages: tuple[int, ...],
+    placer: Placer,
+    values: Values,
+) -> Program:
+    """`outputs`: values, and the inputs that they replace. `stages`: where they are."""
+    states = [id_ for id_, replaces in outputs if replaces is not None]
+    borrowed = [s.id for s in inputs if not s.donated]
+    done, names = finished(code, [id_ for id_, _ in outputs], states, borrowed, placer.stored, values)
+    found = Program(
         name=new_name(),
-        mesh=mesh,
-        inputs=tuple(Slot(i, values.types[i], values.placement(i), k in donated) for k, i in enumerate(inputs)),
+        mesh=values.mesh,
+        inputs=tuple(inputs),
         outputs=tuple(
-            Slot(id_, values.types[id_], values.placement(id_), replaces=out.replaces)
-            for id_, out in zip(outputs, graph.outputs, strict=True)
+            Slot(id_, values.types[id_], replace(values.placement(id_), stages=stages), replaces=replaces)
+            for id_, (_, replaces) in zip(names, outputs, strict=True)
         ),
         n_scalars=graph.n_scalars,
-        instructions=tuple(code),
+        instructions=tuple(done),
         peak_bytes=0,
-        resident_bytes=sum(map(values.local_bytes, inputs)),
+        resident_bytes=sum(values.local_bytes(s.id) for s in inputs),
         notes=tuple(placer.notes),
     )
-    check(program)
-    return Lowered(program, values.types, split.nodes, twice)
+    check(found)
+    return found
+
+
+def _staged(
+    graph: StepGraph,
+    plan: Plan,
+    given: Sequence[Placement | None],
+    code: Sequence[Instruction],
+    outputs: Sequence[int],
+    donated: Collection[int],
+    placer: Placer,
+    values: Values,
+) -> Program:
+    """A program for each stage."""
+    try:
+        pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
+    except NoCut as error:
+        raise PlanError(f"pp={plan.pp}: {error}.") from None
+    notes = list(placer.notes)
+    if plan.micro < plan.pp and has_backward(graph):
+        notes.append(
+            f"There are fewer micro-batches ({plan.micro}) than stages ({plan.pp}): some stages always wait for others."
+        )
+    inputs = [
+        Slot(i.id, values.types[i.id], replace(values.placement(i.id), stages=stages), k in donated)
+        for k, (i, stages) in enumerate(zip(graph.inputs, pipeline.inputs, strict=True))
+    ]
+    made = [(id_, out.replaces) for id_, out in zip(outputs, graph.outputs, strict=True)]
+    stages = []
+    for stage, own in enumerate(pipeline.code):
+        given_here = [s for s in inputs if s.placement.on(stage)]
+        made_here = [out for out, (home,) in zip(made, pipeline.outputs, strict=True) if home == stage]
+        stages.append(_finished(graph, own, given_here, made_here, (stage,), placer, values))
+    slots = [iter(stage.outputs) for stage in stages]
+    return Program(
+        name=new_name(),
+        mesh=values.mesh,
+        inputs=tuple(inputs),
+        outputs=tuple(next(slots[home]) for (home,) in pipeline.outputs),
+        n_scalars=graph.n_scalars,
+        instructions=(),
+        peak_bytes=0,
+        resident_bytes=max(stage.resident_bytes for stage in stages),
+        notes=tuple(notes),
+        stages=tuple(stages),
+    )
 
 
 def fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:
@@ -256,33 +331,3 @@ def _out_of_time(placement: Placement, mesh: Mesh) -> Placement:
     """`placement` with micro-batches joined and added up."""
     shards = (without_time(s, mesh) for s in placement.shards)
     return Placement(tuple(s for s in shards if s is not None), tuple(a for a in placement.partial if a != TIME))
-
-
-def _outputs_apart(
-    code: list[Instruction], outputs: list[int], borrowed: set[int], values: Values
-) -> tuple[list[Instruction], list[int]]:
-    """Give every output memory of its own: a later program may overwrite one and must not change another.
-
-    Copied is what shares memory with an earlier output or with an input that stays, what holds several entries in
-    one place, and what would keep a much larger buffer alive.
-    """
-    memory = SharedMemory()
-    overlapping: set[int] = set()
-    for instruction in code:
-        memory.follow(instruction)
-        inherited = is_view(instruction.op) and not overlapping.isdisjoint(uses(instruction))
-        if inherited or overlaps_itself(instruction):
-            overlapping.update(flat_ids(instruction.outs))
-    taken = {memory.find(i) for i in borrowed}
-    apart = []
-    for id_ in outputs:
-        whole = memory.find(id_)
-        if whole in taken or id_ in overlapping or values.local_bytes(id_) < values.local_bytes(whole):
-            copy = values.new(values.types[id_], values.placement(id_))
-            shapes = (values.local_shape(copy),)
-            code = [*code, Instruction("aten.clone.default", (Ref(id_),), {}, copy, (), shapes)]
-            apart.append(copy)
-        else:
-            taken.add(whole)
-            apart.append(id_)
-    return code, apart

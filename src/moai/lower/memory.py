@@ -71,7 +71,7 @@ def _used_from_outside(code: Sequence[Instruction]) -> dict[int, dict[int, None]
             begin = at
         elif instruction.op == "end_repeat":
             body = code[begin:at]
-            own = {o for i in body for o in flat_ids(i.outs)}
+            own = {o for i in body if i.op != "collect" for o in flat_ids(i.outs)}  # a list is read in every pass
             found[at] = dict.fromkeys(u for i in body for u in uses(i) if u not in own)
             begin = None
     return found

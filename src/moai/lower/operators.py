@@ -15,8 +15,10 @@ aten = torch.ops.aten
 # The runtime's own instructions (see `program`).
 STARTS = frozenset({"all_reduce_start", "all_gather_start", "reduce_scatter_start"})
 COLLECTIVES = STARTS | {"all_reduce", "all_gather", "reduce_scatter"}
-LOOPS = frozenset({"repeat", "end_repeat", "accumulate", "collect", "take", "join"})
-BUILTINS = COLLECTIVES | LOOPS | {"bucket", "wait", "micro_sum", "micro_join"}
+BOUNDS = frozenset({"repeat", "begin_part", "end_repeat"})  # of loops, and of the parts of a pass
+LOOPS = BOUNDS | {"accumulate", "collect", "take", "join"}
+MESSAGES = frozenset({"send", "receive"})
+BUILTINS = COLLECTIVES | LOOPS | MESSAGES | {"bucket", "wait", "micro_sum", "micro_join"}
 
 # Their results share memory with the argument although their schemas do not say so.
 _SILENT_VIEWS = frozenset(

@@ -4,13 +4,16 @@ In: a Program, complete but for this. Out: bytes: of inputs, results, what kerne
 and what of them are gradients and activations, where it is said which values are.
 
 The device is the first one: nobody has larger parts (`split_evenly`). Of a loop it does two passes. The second, when
-sums over passes exist already, stands for all later ones, whose parts are no larger.
+sums over passes exist already, stands for all later ones, whose parts are no larger. Where forwards and backwards take
+turns, as many micro-batches as are under way at most are so from the first backward on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args
 from moai.lower import on_meta
@@ -53,12 +56,17 @@ def levels(
     for index, instruction in enumerate(program.instructions):
         if instruction.op == "repeat":
             begin = index + 1
+            ledger.begin(program.instructions[begin:], *instruction.args)
+            found.append((ledger.level(),))
+        elif instruction.op == "begin_part":
+            ledger.begin_part()
             found.append((ledger.level(),))
         elif instruction.op == "end_repeat":
             # Until here, the loop's instructions have been looked at in their first pass alone.
             ledger.step = 1
             for at in range(begin, index):
-                ledger.add(program.instructions[at])
+                if program.instructions[at].op != "begin_part":
+                    ledger.add(program.instructions[at])
                 found[at] = (*found[at], ledger.level())
             ledger.step = 0
             ledger.free(instruction)
@@ -97,6 +105,8 @@ class _Ledger:
         self._held: dict[int, list[_Piece]] = {}
         self._footprints: dict[int, Footprint] = {}
         self._results: dict[int, list[Laid]] = {}
+        self._under_way = 0  # micro-batches, at most
+        self._in_turns: set[int] = set()  # lists that a later part of the loop reads
         for slot in program.inputs:
             self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
@@ -154,6 +164,25 @@ class _Ledger:
             if slot.id not in donated and (piece.nbytes != self._laid[slot.id].nbytes or id(piece) in kept):
                 self._fresh(slot.id, self._laid[slot.id])
             kept.add(id(piece))
+
+    # -- loops
+
+    def begin(self, code: Sequence[Instruction], order: Sequence[tuple[int, int]] = ()) -> None:
+        """A loop of `code` begins, whose parts are run in `order`."""
+        now, self._under_way = 0, 0
+        for part, _ in order:
+            now += 1 if part == 0 else -1
+            self._under_way = max(self._under_way, now)
+        end = next(at for at, i in enumerate(code) if i.op == "end_repeat")
+        taken = {i.args[0].id for i in code[:end] if i.op == "take"}
+        self._in_turns = {i.outs for i in code[:end] if i.op == "collect"} & taken
+
+    def begin_part(self) -> None:
+        """Behind the first forward: the others that are under way have been done, too."""
+        for list_ in self._in_turns:
+            if list_ in self._held:
+                (own,) = self._held[list_]
+                self._hold(list_, _Piece(own.nbytes * (self._under_way - 1)), own)
 
     # -- instructions
 
@@ -280,12 +309,24 @@ class _Ledger:
         return found, [dense(shape, given[0].dtype) for shape in shapes]
 
     def _bucket(self, instruction: Instruction) -> None:
-        shapes, dtype = instruction.args
+        self._joined(instruction.outs, *instruction.args)
+
+    def _joined(self, outs: Sequence[int], shapes: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
+        """Tensors in one piece of memory."""
         laid = [dense(self._lengths(shape), dtype) for shape in shapes]
         memory = _Piece(sum(x.nbytes for x in laid))
-        for out, x in zip(instruction.outs, laid, strict=True):
+        for out, x in zip(outs, laid, strict=True):
             self._laid[out] = x
             self._hold(out, memory)
+
+    # -- messages
+
+    def _send(self, instruction: Instruction) -> None:
+        self._working(sum(self._laid[x.id].nbytes for x in instruction.args[0]))
+
+    def _receive(self, instruction: Instruction) -> None:
+        _, shapes, dtype = instruction.args
+        self._joined(instruction.outs, shapes, dtype)
 
     # -- what loops hand on
 
@@ -306,6 +347,9 @@ class _Ledger:
             self._hold(list_, self._piece(x))
             return
         own = self._piece(x)
+        if list_ in self._in_turns:
+            self._hold(list_, *self._held[list_], own)
+            return
         passes_between = _Piece(own.nbytes * (self._mesh.steps - 2))
         self._hold(list_, self._held[list_][0], passes_between, own)
 

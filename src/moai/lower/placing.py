@@ -36,7 +36,7 @@ from moai.graph.rules.dims import (
 from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.linear import adds_a_number, keeps_partial
 from moai.graph.rules.views import reshape_inside
-from moai.graph.step_graph import Node, Origin, Ref, TensorType, flat_ids, map_args
+from moai.graph.step_graph import Node, Origin, Phase, Ref, TensorType, flat_ids, map_args
 from moai.lower.decompose import decompose
 from moai.lower.dim_classes import PRODUCTS
 from moai.lower.lanes import Lane, lanes_of
@@ -92,6 +92,7 @@ class Placer:
         self._constants: dict[int, Node] = {}  # values made from numbers alone, by their node
         self._strided: set[int] = set()  # views, whose entries may lie apart
         self._noted: set[str] = set()
+        self._phases: dict[int, Phase] = {}  # of what nodes make
 
     def begin(self, id_: int, wanted: Placement) -> None:
         """Have the nodes use input `id_`, which has been placed, in placement `wanted`."""
@@ -134,6 +135,14 @@ class Placer:
         """Value `id_` as its sum where that has been taken already, else as it is."""
         id_ = self._begun.get(id_, id_)
         return self._sums.get(id_, id_)
+
+    def phases(self) -> dict[int, Phase]:
+        """The phase of every value that was made: of one that was moved, that of the node it was moved for."""
+        phase: Phase = "forward"
+        for instruction in reversed(self.code):
+            for out in flat_ids(instruction.outs):
+                phase = self._phases.setdefault(out, phase)
+        return self._phases
 
     # -- what a node is given
 
@@ -444,6 +453,7 @@ class Placer:
         outs = list(flat_ids(node.outs))
         for out, placement in zip(outs, outputs, strict=True):
             self._values.place(out, placement)
+            self._phases[out] = node.origin.phase
         if node.op in _CASTS and ids[0] in self.stored and node.origin.phase != "optimizer":
             self.stored.update(outs)
         replaced = iter(self._walkable(node, ids))

@@ -3,7 +3,8 @@
 In: emitted by `lower`. Out: shipped to and run by `runtime`.
 
 A Program is the same object on every device (SPMD). Numbers that depend on where a device is in the mesh, or on the
-pass of the loop, are `PerRank`, and are resolved when the program is loaded.
+pass of the loop, are `PerRank`, and are resolved when the program is loaded. Where the mesh has stages, the devices of
+each run a program of their own (`stages`, `of`), of which the same holds.
 
 Instructions name operators by their qualified name: "aten.mm.default" and "moai.sdpa.default" are torch operators
 (`moai.graph.ops` defines the `moai` ones); names without a dot are the runtime's own, listed below.
@@ -24,22 +25,32 @@ xs a tuple of Refs of one dtype; dim, sizes and blocks are those of the Shard (o
     all_reduce_start(xs, axes, in_place=True) -> handle the xs are all tensors of a bucket, and become the sums; nobody
                                                  touches them before the wait, which returns an empty tuple
 
-The loop over micro-batches. The instructions between repeat and its end_repeat run `mesh.steps` times; what a pass
-defines is gone after it, but for what the instructions below hand on. There are no loops inside of loops.
+Messages between stages, from a device to the one with the same coordinates but for "pp". All that a stage sends to
+another is received there in the order in which it was sent. xs are of one dtype.
 
-    repeat()
+    send(xs, stage)                              in the background: the xs may be freed or overwritten at once
+    receive(stage, shapes, dtype)             -> tuple of tensors in fresh memory; waits for them
+
+The loop over micro-batches. The instructions between repeat and its end_repeat run `mesh.steps` times; what a pass
+defines is gone after it, but for what the instructions below hand on. There are no loops inside of loops. In a
+pipeline, a pass may have several parts, which are done for one micro-batch after another, but not in one go: what a
+part defines is gone after it, and it is by lists that it hands things on. `order`, of (part, pass), says when which
+part of which pass is run; without it, passes are run whole, one after the other.
+
+    repeat() or repeat(order)
+    begin_part()                                 a part goes on to the next one, or to the end; the first comes at once
     end_repeat()                                 what it frees is let go of behind the last pass
     accumulate(x, owned)                      -> total: x in the first pass, then x is added to it in place. `owned`:
                                                  the memory of x is nobody else's, so the first pass may keep x itself
     collect(x)                                -> list of every pass's x (its memory is not copied: nobody overwrites
                                                  what shares memory with x)
-    take(list)                                -> in a later loop: this pass's entry, which leaves the list
+    take(list)                                -> in a later part or loop: this pass's entry, which leaves the list
     join(list, dim)                           -> behind the loop: the entries concatenated; the list is gone
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moai.graph.made_quickly import made_quickly
@@ -103,6 +114,9 @@ class Program:
 
     `peak_bytes` is the predicted peak of one device (the largest over devices) for everything the program touches: its
     inputs, temporaries and outputs; `resident_bytes` is the part of it that are inputs.
+
+    `stages`: what the devices of each stage of a pipeline run; `instructions` are empty then. The inputs and outputs of
+    a stage are some of the whole's, with the same ids: those whose placements name the stage.
     """
 
     name: str
@@ -114,8 +128,15 @@ class Program:
     peak_bytes: int
     resident_bytes: int
     notes: tuple[str, ...] = ()
+    stages: tuple[Program, ...] = ()
+
+    def of(self, stage: int) -> Program:
+        """What the devices of `stage` run."""
+        return replace(self.stages[stage], name=self.name) if self.stages else self
 
     def __str__(self) -> str:
+        if self.stages:
+            return "\n".join(f"stage {s}: {self.of(s)}" for s in range(len(self.stages)))
         head = f"program {self.name} on mesh ({self.mesh}), peak {self.peak_bytes / 2**20:.1f} MiB"
         ins = ", ".join(f"%{s.id}:{s.type}@{s.placement}" for s in self.inputs)
         outs = ", ".join(f"%{s.id}:{s.type}@{s.placement}" for s in self.outputs)

@@ -25,7 +25,7 @@ from moai.graph.placement import TIME
 from moai.graph.step_graph import Scalar, flat_ids
 from moai.lower.cleanup import renamed_refs, uses
 from moai.lower.on_meta import written
-from moai.lower.operators import BUILTINS, is_view, operator
+from moai.lower.operators import BOUNDS, BUILTINS, is_view, operator
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.values import Values
 
@@ -51,7 +51,6 @@ _FUSED = frozenset(
     }
 )  # fmt: skip
 
-_BOUNDS = frozenset({"repeat", "end_repeat"})
 
 T = TypeVar("T")
 
@@ -93,7 +92,7 @@ def _sections(code: Sequence[Instruction]) -> list[list[Instruction]]:
     """`code` cut at the bounds of loops, which are sections of their own."""
     sections: list[list[Instruction]] = [[]]
     for instruction in code:
-        if instruction.op in _BOUNDS:
+        if instruction.op in BOUNDS:
             sections += [[instruction], []]
         else:
             sections[-1].append(instruction)

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 
 from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
-from moai.lower.operators import BUILTINS
+from moai.lower.operators import BOUNDS, BUILTINS
 from moai.lower.program import Instruction
 from moai.lower.values import Values
 
 # Entries of what is kept for longer than it would have to be.
 _SMALL = 1 << 16
-_BOUNDS = frozenset({"repeat", "end_repeat"})
 
 
 def under_way(code: Sequence[Instruction], states: Iterable[int], values: Values) -> list[Instruction]:
@@ -30,7 +29,7 @@ def under_way(code: Sequence[Instruction], states: Iterable[int], values: Values
 
 def _early(code: Sequence[Instruction], values: Values) -> set[int]:
     """Positions before all loops of what makes the terms of sums from the step's inputs alone."""
-    end = min((at for at, i in enumerate(code) if i.op in _BOUNDS), default=len(code))
+    end = min((at for at, i in enumerate(code) if i.op in BOUNDS), default=len(code))
     made = {o: at for at, i in enumerate(code) for o in flat_ids(i.outs)}
     from_inputs: set[int] = set()
     for at, instruction in enumerate(code[:end]):
@@ -49,7 +48,7 @@ def _early(code: Sequence[Instruction], values: Values) -> set[int]:
 
 def _late(code: Sequence[Instruction], states: Iterable[int], values: Values) -> set[int]:
     """Positions behind all loops of what is made of sums, for reports alone."""
-    begin = 1 + max((at for at, i in enumerate(code) if i.op in _BOUNDS), default=-1)
+    begin = 1 + max((at for at, i in enumerate(code) if i.op in BOUNDS), default=-1)
     for_reports: list[int] = []
     needed = set(states)
     for at in reversed(range(begin, len(code))):

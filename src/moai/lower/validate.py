@@ -3,8 +3,9 @@
 In: a Program, and the types that its values are to have. Out: nothing, or `InvalidProgram` with the first problem.
 
 Every operator is run on local shapes, collectives are modelled. What must hold: shapes and dtypes are the claimed ones;
-the peers of a collective bring what fits together; nothing is used that is not there, not yet written or under way to
-other devices; nothing is overwritten that somebody else still reads; outputs are whole and have memory of their own.
+the peers of a collective bring what fits together, and stages receive what is sent to them; nothing is used that is not
+there, not yet written or under way to other devices; nothing is overwritten that somebody else still reads; outputs are
+whole and have memory of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +26,8 @@ from moai.lower.exchanged import mismatch, received
 from moai.lower.held_memory import HeldMemory, memory_of
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
 from moai.lower.program import Instruction, PerRank, Program, Slot
+from moai.lower.program_order import runs
+from moai.lower.stages.exchange_check import Event, misfit
 from moai.lower.values import local_lengths
 
 _META = torch.device("meta")
@@ -49,7 +52,15 @@ def validate(
     """Raises InvalidProgram. `types`: the global types of the values between inputs and outputs, where they are known.
     `ranks`: the devices to look at, else some that stand for all."""
     for rank in representatives(program) if ranks is None else ranks:
-        _Walk(program, rank, types or {}).run()
+        if not program.stages:
+            _Walk(program, rank, types or {}).run()
+            continue
+        walks = [_Walk(program.of(s), program.mesh.at_stage(rank, s), types or {}) for s in range(len(program.stages))]
+        for walk in walks:
+            walk.run()
+        reason = misfit([walk.events() for walk in walks])
+        if reason is not None:
+            raise InvalidProgram(f"program {program.name}: {reason}. This is a bug of MoAI, please report it")
 
 
 class _Walk:
@@ -71,33 +82,46 @@ class _Walk:
         self._under_way: set[int] = set()  # memory that collectives work in
         self._of_pass: set[int] = set()
         self._borrowed = {s.id for s in program.inputs if not s.donated}
+        self._messages: dict[tuple[int, int | None], Event] = {}  # by instruction and pass
 
     def run(self) -> None:
         for slot in self._program.inputs:
             self._claims[slot.id] = local_lengths(slot.type.shape, slot.placement)
             self._keep(slot.id, self._fresh(self._local_shape(slot), slot.type.dtype))
-        begin = None
-        for index, instruction in enumerate(self._program.instructions):
-            if instruction.op == "repeat":
-                begin = index + 1
-            elif instruction.op == "end_repeat":
-                assert begin is not None
-                self._run_loop(begin, index)
-                begin = None
-            elif begin is None:
-                self._execute(index)
+        for part, step in runs(self._program):
+            if step is None:
+                self._leave_loop()
+            elif step != self._same_as[step]:
+                continue
+            else:
+                self._step, self._at = step, self._mesh.coordinates(self._rank, step)
+            for index in part:
+                if self._program.instructions[index].op == "end_repeat":
+                    self._index = index
+                    self._free(self._program.instructions[index])
+                else:
+                    self._execute(index)
+            if step is not None:
+                self._end_part()
+        self._leave_loop()
         self._check_end()
 
-    def _run_loop(self, begin: int, end: int) -> None:
-        for step in sorted(set(self._same_as)):
-            self._step, self._at = step, self._mesh.coordinates(self._rank, step)
-            for index in range(begin, end):
-                self._execute(index)
-            for id_ in [i for i in self._of_pass if i in self._values]:
-                self._forget(id_)
-            self._of_pass.clear()
-        self._step, self._at, self._index = None, self._mesh.coordinates(self._rank), end
-        self._free(self._program.instructions[end])
+    def events(self) -> list[Event]:
+        """All that was sent and received, in every pass."""
+        keys = (
+            (index, None if step is None else self._same_as[step])
+            for part, step in runs(self._program)
+            for index in part
+        )
+        return [self._messages[key] for key in keys if key in self._messages]
+
+    def _leave_loop(self) -> None:
+        self._step, self._at = None, self._mesh.coordinates(self._rank)
+
+    def _end_part(self) -> None:
+        for id_ in [i for i in self._of_pass if i in self._values]:
+            self._forget(id_)
+        self._of_pass.clear()
 
     def _passes(self) -> list[int]:
         """For each pass the first that has the same numbers; the first one of a loop begins its sums, and is alone."""
@@ -339,6 +363,22 @@ class _Walk:
         numels = [torch.Size(s).numel() for s in shapes]
         parts = self._fresh((sum(numels),), dtype).split(numels)
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    # -- messages
+
+    def _send(self, _: Instruction, xs: tuple[torch.Tensor, ...], stage: int) -> None:
+        if len({x.dtype for x in xs}) != 1 or stage not in range(self._mesh.n_stages):
+            raise self._problem("tensors of one dtype are sent to one of the stages")
+        self._note_message("send", stage, xs)
+
+    def _receive(self, _: Instruction, stage: int, shapes: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        received = tuple(self._fresh(shape, dtype) for shape in shapes)
+        self._note_message("receive", stage, received)
+        return received
+
+    def _note_message(self, kind: Literal["send", "receive"], stage: int, xs: Sequence[torch.Tensor]) -> None:
+        what = tuple((tuple(x.shape), x.dtype) for x in xs)
+        self._messages[self._index, self._step] = Event(kind, stage, what)
 
     # -- what loops hand on
 

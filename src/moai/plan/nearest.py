@@ -22,10 +22,9 @@ _LIGHTER_PARTS = (1, 2, 4)  # times as many micro-batches
 
 def obstacle(plan: Plan, n_devices: int) -> str | None:
     """Why `plan` is impossible on `n_devices` devices, whatever it is to run; None if it is not."""
-    if plan.pp > 1:
-        return f"pp={plan.pp}: stages are not run yet"
     if plan.n_devices != n_devices:
-        sizes = f"dp={plan.dp} times tp={plan.tp}" if plan.tp > 1 else f"dp={plan.dp}"
+        counts = [("dp", plan.dp), *((key, size) for key, size in (("tp", plan.tp), ("pp", plan.pp)) if size > 1)]
+        sizes = " times ".join(f"{key}={size}" for key, size in counts)
         return f"{sizes} is {_devices(plan.n_devices)}, but the accelerator has {n_devices}"
     if plan.distribute_low_prec_param and not plan.distribute_param:
         return "distribute_low_prec_param=true needs distribute_param=true"
@@ -60,8 +59,10 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
     """All plans that `nearest` chooses from."""
     few = range(1, min(plan.micro, _MOST_PARTS) + 1)
     parts = sorted({*few, *(2**i for i in range(_MOST_POWER.bit_length()))})
-    for dp, states, level, n in product(_divisors(n_devices), _STATES, _LEVELS, parts):
-        layout = replace(plan, dp=dp, tp=n_devices // dp, pp=1)
+    stages = _divisors(n_devices) if plan.pp > 1 else [1]
+    layouts = [(dp, pp) for dp, pp in product(_divisors(n_devices), stages) if n_devices % (dp * pp) == 0]
+    for (dp, pp), states, level, n in product(layouts, _STATES, _LEVELS, parts):
+        layout = replace(plan, dp=dp, tp=n_devices // (dp * pp), pp=pp)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)

@@ -23,6 +23,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "distribute_param": {"true": True, "false": False},
     "distribute_low_prec_param": {"true": True, "false": False},
     "precision": {"fp32": "fp32", "bf16": "bf16", "fp64": "fp64"},
+    "schedule": {"1f1b": "1f1b", "gpipe": "gpipe"},
 }
 _KEYS = (*_COUNTS, *_WORDS)
 _MOST_DIGITS = 9
@@ -109,6 +110,7 @@ def _completed(values: dict[str, Any], n_devices: int) -> Plan:
 
 
 def _obstacle(plan: Plan, values: dict[str, Any], n_devices: int) -> str | None:
-    if "dp" not in values and plan.pp == 1 and n_devices % plan.tp:
-        return f"tp={plan.tp} does not divide the {n_devices} devices of the accelerator"
+    if "dp" not in values and n_devices % (plan.tp * plan.pp):
+        sizes = " times ".join(f"{key}={size}" for key, size in (("tp", plan.tp), ("pp", plan.pp)) if size > 1)
+        return f"{sizes} does not divide the {n_devices} devices of the accelerator"
     return obstacle(plan, n_devices)

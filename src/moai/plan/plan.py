@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from moai.graph.placement import TIME, Mesh
+from moai.graph.placement import STAGES, TIME, Mesh
 
 Recompute = Literal["none", "default", "full"]
 Precision = Literal["fp32", "bf16", "fp64"]
+Schedule = Literal["1f1b", "gpipe"]
 
 _LEVELS = {"none": "none(0)", "default": "default(1)", "full": "full(2)"}  # of recomputation, as the log names them
 
@@ -25,6 +26,8 @@ class Plan:
     distribute_param: parameters, gradients and optimizer states are sharded over dp (over groups of `shard` of its
     devices, if that is given); distribute_low_prec_param: what the layers compute with, too.
     precision: that of matrix products; None leaves the script's own.
+    schedule: in which order a stage does the forwards and backwards of its micro-batches ("gpipe": all forwards first;
+    "1f1b": in turns, as early as it can, so that fewer are under way).
     """
 
     dp: int = 1
@@ -36,6 +39,7 @@ class Plan:
     distribute_low_prec_param: bool = False
     precision: Precision | None = None
     shard: int | None = None
+    schedule: Schedule = "1f1b"
 
     def __str__(self) -> str:
         """The text that `plan.parse` makes this plan of: dp, and what is not as usual."""
@@ -58,6 +62,8 @@ class Plan:
             parts.append(f"precision : {self.precision}")
         if self.shard is not None:
             parts.append(f"shard : {self.shard}")
+        if self.schedule != "1f1b":
+            parts.append(f"schedule : {self.schedule}")
         return ", ".join(parts)
 
     @property
@@ -68,7 +74,7 @@ class Plan:
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """The mesh axes that share the batch, outermost first."""
-        return tuple(name for name, _ in self.mesh.axes if name != "tp")
+        return tuple(name for name, _ in self.mesh.axes if name not in ("tp", STAGES))
 
     @property
     def splits_samples(self) -> bool:
@@ -82,13 +88,13 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """Axes of one device are left out."""
+        """Axes of one device are left out. Devices of one stage are numbered one after another."""
         if self.shard_axis == "dp":
             data = [("dp", self.dp)]
         else:
             assert self.shard is not None
             data = [("dp_replicate", self.dp // self.shard), ("dp_shard", self.shard)]
-        axes = [*data, ("tp", self.tp), (TIME, self.micro)]
+        axes = [(STAGES, self.pp), *data, ("tp", self.tp), (TIME, self.micro)]
         return Mesh(tuple((name, size) for name, size in axes if size > 1))
 
 

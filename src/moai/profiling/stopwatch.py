@@ -15,7 +15,8 @@ import torch
 from moai.graph.placement import REPLICATE, TIME, Mesh
 from moai.graph.step_graph import TensorType, flat_ids
 from moai.lower.program import Instruction, Program, Slot
-from moai.runtime.accelerator import Accelerator, Buffer
+from moai.runtime.accelerator import Accelerator
+from moai.runtime.buffers import Buffer
 
 # That a timed run should take: less than the system lets another program run for, so that some runs are undisturbed.
 SECONDS = 0.003

@@ -14,15 +14,16 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from moai.graph.placement import TIME, Mesh, Placement, local_shape
+from moai.graph.placement import Mesh, Placement, local_shape
 from moai.graph.step_graph import TensorType
-from moai.lower.program import Program, Slot
+from moai.lower.program import Program
 from moai.platform.device import Device
 from moai.runtime import messages as m
+from moai.runtime.buffers import Buffer, Freed, Resident, Taken, growth, in_space, taken
 from moai.runtime.compiled import policy
 from moai.runtime.launcher import Launcher, LocalLauncher
 from moai.runtime.link import Link
@@ -42,43 +43,6 @@ _COPY_BYTES = 1 << 20
 _BACKLOG_BYTES = 32 << 20
 
 
-class Buffer:
-    """A tensor that lies on the devices. Dropping the last reference frees it there.
-
-    `mesh` is that of the devices, without "micro": buffers outlive the passes of a loop.
-    """
-
-    __slots__ = ("__weakref__", "_frees", "_id", "mesh", "placement", "type")
-
-    def __init__(
-        self, id: int, type: TensorType, placement: Placement, mesh: Mesh, frees: deque[tuple[int, int]]
-    ) -> None:
-        self.type = type
-        self.placement = placement
-        self.mesh = mesh
-        self._id: int | None = id
-        self._frees = frees
-
-    def __repr__(self) -> str:
-        return f"Buffer({self.type}@{self.placement} on mesh ({self.mesh}){', donated' if self._id is None else ''})"
-
-    def __del__(self) -> None:
-        if self._id is not None:
-            self._frees.append((self._id, local_bytes(self)))
-
-
-def local_bytes(x: Buffer | Slot) -> int:
-    """Bytes of a buffer on the device that holds most of it."""
-    shape = list(x.type.shape)
-    for shard in x.placement.shards:  # over different axes: one device has the longest part of every dim
-        shape[shard.dim] = max(shard.sizes) * shard.blocks
-    return TensorType(tuple(shape), x.type.dtype).nbytes
-
-
-def _in_space(mesh: Mesh) -> Mesh:
-    return Mesh(tuple((name, size) for name, size in mesh.axes if name != TIME))
-
-
 class Accelerator:
     """See the module docstring. Methods are for one thread; all raise RuntimeError once a worker has failed."""
 
@@ -93,10 +57,9 @@ class Accelerator:
         self._changed = threading.Condition()
         self._failure: str | None = None
         self._suspicion: tuple[float, str] | None = None
-        self._frees: deque[tuple[int, int]] = deque()
-        self._resident = 0
-        self._counting = threading.Lock()
-        self._growth: dict[str, int] = {}  # of what is resident, by a run of each program
+        self._frees: deque[Freed] = deque()
+        self._resident = Resident()
+        self._growth: dict[str, list[Taken]] = {}  # of what is resident, by a run of each program
         self._ids = itertools.count(1)
         self._requests = itertools.count(1)
         self._programs: dict[str, Program] = {}
@@ -122,7 +85,12 @@ class Accelerator:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the live buffers on the fullest device."""
-        return self._resident
+        return self._resident.most()
+
+    def beside(self, buffers: Iterable[Buffer], stage: int = 0) -> int:
+        """Bytes of live buffers, but for `buffers`, on the fullest device of a stage."""
+        own = (taken(buffer) for buffer in buffers)
+        return self._resident.on(stage) - sum(nbytes for nbytes, stages in own if not stages or stage in stages)
 
     @property
     def addresses(self) -> list[str]:
@@ -148,7 +116,7 @@ class Accelerator:
         """Puts a CPU tensor on the devices; each is sent its part. Over partial axes, coordinate 0 holds the tensor and
         the others zeros. `tensor` is not needed any more on return. Of memory, it takes no copy of more than 32 MiB."""
         self._check()
-        mesh = _in_space(mesh)
+        mesh = in_space(mesh)
         tensor = tensor.detach().resolve_conj().resolve_neg()
         if tensor.nbytes <= _COPY_BYTES:
             tensor = tensor.clone()
@@ -156,13 +124,14 @@ class Accelerator:
         self._post_frees()
         id = next(self._ids)
         buffer = Buffer(id, TensorType(tuple(tensor.shape), tensor.dtype), placement, mesh, self._frees)
-        self._count(local_bytes(buffer))
+        self._resident.add([taken(buffer)])
         tickets = []
-        for rank, (link, part) in enumerate(zip(self._links, parts, strict=True)):
+        for rank, part in parts.items():
             shape = local_shape(buffer.type.shape, placement, mesh, mesh.coordinates(rank))
-            tickets.append(link.post(encode(m.Put(id, shape, tensor.dtype, zeros=part is None)), part))
+            put = m.Put(id, shape, tensor.dtype, zeros=part is None)
+            tickets.append((self._links[rank], self._links[rank].post(encode(put), part)))
         if tensor.nbytes > _COPY_BYTES:
-            self._wait(lambda: all(link.sent >= t for link, t in zip(self._links, tickets, strict=True)))
+            self._wait(lambda: all(link.sent >= ticket for link, ticket in tickets))
         else:
             self._wait(lambda: all(link.backlog <= _BACKLOG_BYTES for link in self._links))
         return buffer
@@ -181,14 +150,19 @@ class Accelerator:
         self._load(program, timed)
         self._post_frees()
         self._step += 1
-        mesh = _in_space(program.mesh)
+        mesh = in_space(program.mesh)
         outputs = [Buffer(next(self._ids), slot.type, slot.placement, mesh, self._frees) for slot in program.outputs]
-        command = m.Run(self._step, program.name, ids, tuple(b._id or 0 for b in outputs), tuple(scalars))
+        made = tuple(b._id or 0 for b in outputs)
+        commands = []
+        for stage in range(mesh.n_stages):
+            given = tuple(id for id, slot in zip(ids, program.inputs, strict=True) if slot.placement.on(stage))
+            own = tuple(id for id, slot in zip(made, program.outputs, strict=True) if slot.placement.on(stage))
+            commands.append(m.Run(self._step, program.name, given, own, tuple(scalars)))
         for buffer, slot in zip(inputs, program.inputs, strict=True):
             if slot.donated:
                 buffer._id = None
-        self._count(self._growth[program.name])
-        self._broadcast(command, awaits=("run", self._step))
+        self._resident.add(self._growth[program.name])
+        self._tell(commands, awaits=("run", self._step))
         return outputs
 
     def forget(self) -> None:
@@ -241,18 +215,20 @@ class Accelerator:
 
     # Uploads, runs and reads, in their parts.
 
-    def _parts(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> list[torch.Tensor | None]:
-        """What each device gets; None stands for zeros."""
+    def _parts(self, tensor: torch.Tensor, placement: Placement, mesh: Mesh) -> dict[int, torch.Tensor | None]:
+        """What devices get, by rank; None stands for zeros."""
         if tensor.device.type != "cpu":
             raise ValueError(f"upload takes a CPU tensor, not one on {tensor.device}")
         if mesh.n_devices != self.n_devices:
             raise ValueError(f"mesh ({mesh}) is of {mesh.n_devices} device(s), the accelerator has {self.n_devices}")
         for shard in placement.shards:
             check_split(tensor, shard, mesh)
-        found = []
-        for at in map(mesh.coordinates, range(self.n_devices)):
-            term = all(at[a] == 0 for a in placement.partial)
-            found.append(part_at(tensor, placement, mesh, at) if term else None)
+        found = {}
+        for rank in range(self.n_devices):
+            at = mesh.coordinates(rank)
+            if placement.on(mesh.stage(rank)):
+                term = all(at[a] == 0 for a in placement.partial)
+                found[rank] = part_at(tensor, placement, mesh, at) if term else None
         return found
 
     def _input_ids(self, program: Program, inputs: Sequence[Buffer], scalars: Sequence[float | int]) -> tuple[int, ...]:
@@ -261,7 +237,7 @@ class Accelerator:
             raise ValueError(
                 f"program {program.name} is for (devices, inputs, scalars) = {wanted}, but was given {given}"
             )
-        mesh = _in_space(program.mesh)
+        mesh = in_space(program.mesh)
         for i, (buffer, slot) in enumerate(zip(inputs, program.inputs, strict=True)):
             if (buffer.type, buffer.placement, buffer.mesh) != (slot.type, slot.placement, mesh):
                 raise ValueError(
@@ -288,9 +264,8 @@ class Accelerator:
             raise ValueError(f"there is another program named {program.name}: names must be unique")
         if program.name not in self._loaded:
             self._loaded.add(program.name)
-            donated = sum(local_bytes(slot) for slot in program.inputs if slot.donated)
-            self._growth[program.name] = sum(map(local_bytes, program.outputs)) - donated
-            self._broadcast(m.Load(program, timed))
+            self._growth[program.name] = growth(program)
+            self._tell([m.Load(program.of(stage), timed) for stage in range(program.mesh.n_stages)])
 
     def _fetch(self, id: int, targets: Mapping[int, torch.Tensor]) -> None:
         """Fills the contiguous `targets` with the local tensors of devices, by rank."""
@@ -303,20 +278,21 @@ class Accelerator:
         self._wait(lambda: all(request not in link.awaited for link, _ in asked))
 
     def _broadcast(self, command: m.Command, awaits: object = None) -> None:
-        encoded = encode(command)
-        for link in self._links:
-            link.post(encoded, awaits=awaits)
+        self._tell([command], awaits)
 
-    def _count(self, nbytes: int) -> None:
-        with self._counting:  # the watching thread posts frees too
-            self._resident += nbytes
+    def _tell(self, commands: Sequence[m.Command], awaits: object = None) -> None:
+        """Each stage its own command: the devices of a stage are numbered one after another."""
+        devices = self.n_devices // len(commands)
+        for stage, encoded in enumerate(map(encode, commands)):
+            for link in self._links[stage * devices : (stage + 1) * devices]:
+                link.post(encoded, awaits=awaits)
 
     def _post_frees(self) -> None:
         with self._changed:
             # Buffers die in any thread at any time: take those that are there now.
             dead = tuple(self._frees.popleft() for _ in range(len(self._frees)))
         if dead:
-            self._count(-sum(nbytes for _, nbytes in dead))
+            self._resident.add((what for _, what in dead), -1)
             self._broadcast(m.Free(tuple(id for id, _ in dead)))
 
     # Waiting and failing.

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moai.graph.step_graph import Ref, Scalar, flat_ids
+from moai.lower.operators import BOUNDS
 from moai.lower.program import Instruction, Program
+from moai.lower.program_order import passes
 from moai.lower.regions import Region
 from moai.runtime.direct import direct
-from moai.runtime.loops import REPEAT
+from moai.runtime.loops import BEGIN_PART, REPEAT
 
 LINES_BEFORE = 3
 
@@ -60,7 +62,7 @@ def generate(
         f"    {_targets(f'v{slot.id}' for slot in program.inputs)} = inputs; inputs.clear()",
         f"    {_targets(f's{i}' for i in range(program.n_scalars))} = scalars; {_cleared(carried)}",
     ]
-    indent, ticking = "    ", f"; {constants.named('f', tick)}()" if tick else ""
+    indent, part, ticking = "    ", 0, f"; {constants.named('f', tick)}()" if tick else ""
     end = 0  # of the last compiled region
     for index, (instruction, call) in enumerate(zip(program.instructions, calls, strict=True)):
         if index in compiled:
@@ -72,8 +74,12 @@ def generate(
         elif call is not None:
             lines.append(indent + _statement(instruction, call, constants) + ticking)
         elif instruction.op == REPEAT:
-            lines.append(f"    for i in range({program.mesh.steps}):")
-            indent = "        "
+            lines.append(f"    for part, i in {constants.named('order', passes(program, index))}:")
+            indent, part = "        ", 0
+        elif instruction.op == BEGIN_PART:
+            empty = program.instructions[index + 1].op in BOUNDS
+            lines.append(f"        if part == {part}:{' pass' * empty}")
+            indent, part = "            ", part + 1
         else:
             indent = "    "
             lines.append(indent + (_cleared(instruction.frees) or "pass") + ticking)

@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from moai.graph.placement import Mesh
 from moai.runtime.neighbours import Neighbours, meet
+from moai.runtime.partners import OfGroup, Outbox, Partner
 from moai.runtime.parts import HALVES, cut, total
 
 WAIT = "wait"
 # A sum of fewer bytes is sent: signals would take longer than the message.
 _WORTH_READING = 1 << 20
 _BLOCKING = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
-NAMES = _BLOCKING | {f"{name}_start" for name in _BLOCKING} | {WAIT}
+NAMES = _BLOCKING | {f"{name}_start" for name in _BLOCKING} | {WAIT, "send", "receive"}
 
 # A last resort only: the controller notices a stuck collective much earlier, and it knows slow from stuck.
 TIMEOUT = timedelta(minutes=30)
@@ -78,6 +79,12 @@ class Network(Protocol):
         """Those that differ from this device on `axes` alone. All of them must ask for each other in the same order;
         the first time blocks until all have. RuntimeError if one is gone."""
 
+    def at(self, rank: int) -> Partner:
+        """Another device, to exchange messages with."""
+
+    def settle(self) -> None:
+        """Waits until all messages that were sent have arrived. RuntimeError if one could not."""
+
 
 class Distributed:
     """A `Network` over `torch.distributed`: gloo for CPU devices, NCCL for GPUs."""
@@ -98,6 +105,8 @@ class Distributed:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(size)): dist.group.WORLD}
         self._neighbours: dict[tuple[int, ...], Neighbours | None] = {}
         self._on_cpu = device.type == "cpu"
+        self._device = device
+        self._outbox = Outbox()
 
     def over(self, mesh: Mesh, axes: Sequence[str]) -> Group:
         ranks = mesh.group(axes, self._rank)
@@ -109,6 +118,13 @@ class Distributed:
             self._neighbours[members] = meet(group) if self._on_cpu and len(members) > 1 else None
         coordinates = [ranks.index(r) for r in members]
         return Group(group, members.index(self._rank), coordinates, self._neighbours[members])
+
+    def at(self, rank: int) -> Partner:
+        assert dist.group.WORLD is not None
+        return OfGroup(dist.group.WORLD, rank, self._device, self._outbox)
+
+    def settle(self) -> None:
+        self._outbox.empty()
 
     def _new_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
         # Its threads inherit this thread's cores, and are to have those of the first group's: see `Worker.serve`.

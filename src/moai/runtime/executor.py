@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from moai.graph.ops import random_rows
-from moai.graph.placement import Mesh, local_shape
+from moai.graph.placement import STAGES, Mesh, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
+from moai.lower.operators import BOUNDS
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.runtime import codegen, collectives, loops
 from moai.runtime.clock import Clock
 from moai.runtime.codegen import Call, PerPass
-from moai.runtime.collectives import Network, Peers
+from moai.runtime.collectives import Network, Partner, Peers
 from moai.runtime.compiled import Policy, ProgramRegions
 from moai.runtime.inductor import Compiler
 
@@ -61,6 +62,7 @@ class Executor:
         self._place = _Place(program.mesh, rank)
         self._calls = _Binding(program, self._place, device, network).calls()
         self._carried = loops.carried(program)
+        self._network = network if any(i.op == "send" for i in program.instructions) else None
         self._regions = ProgramRegions(program, self._calls, compiler, compile) if compiler else None
         self._function, self._code = self._generated({})
         self._checked = False
@@ -81,6 +83,8 @@ class Executor:
             self._check_slots("input", self.program.inputs, inputs)
         taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
         outputs = self._timed_run(inputs, scalars)
+        if self._network is not None:
+            self._settle(self._network)
         if self._fresh:
             self._check_slots(
                 "output", [self.program.outputs[i] for i in self._fresh], [outputs[i] for i in self._fresh]
@@ -88,6 +92,13 @@ class Executor:
             taken.update(_address(outputs[i]) for i in self._in_place)
             _own_memory(outputs, self._fresh, taken)
         return outputs
+
+    def _settle(self, network: Network) -> None:
+        """A run is over when what it sent has arrived."""
+        try:
+            network.settle()
+        except RuntimeError as error:
+            raise InstructionError(f"program {self.program.name}: {error}", in_collective=True) from error
 
     def _timed_run(self, inputs: list[torch.Tensor], scalars: Sequence[float | int]) -> list[torch.Tensor]:
         regions = self._regions
@@ -261,10 +272,16 @@ class _Binding:
 
     def _call(self, instruction: Instruction) -> Call | None:
         op = instruction.op
-        if op in (loops.REPEAT, loops.END_REPEAT):
+        if op in BOUNDS:
             return None
         args = map_args(instruction.args, self._place.in_every_pass)
         kwargs = map_args(instruction.kwargs, self._place.in_every_pass)
+        if op == "send":
+            xs, stage = args
+            return Call(self._stage(stage).send, (xs,), kwargs)
+        if op == "receive":
+            stage, *what = args
+            return Call(self._stage(stage).receive, tuple(what), kwargs)
         if op == "bucket":
             return Call(collectives.bucket, (*args, self._device), kwargs)
         if op == collectives.WAIT:
@@ -292,6 +309,11 @@ class _Binding:
                 f"program {self._program.name} cannot meet its peers over {', '.join(axes)}: {error}",
                 in_collective=True,
             ) from error
+
+    def _stage(self, stage: int) -> Partner:
+        assert self._network is not None
+        mesh = self._program.mesh
+        return self._network.at(mesh.rank({**self._place.at, STAGES: stage}))
 
 
 def _operator(instruction: Instruction) -> torch._ops.OpOverload:

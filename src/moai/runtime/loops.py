@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from moai.lower.program import Program
+from moai.lower.program_order import runs
 
-REPEAT, END_REPEAT = "repeat", "end_repeat"
+REPEAT, BEGIN_PART = "repeat", "begin_part"
 CARRYING = frozenset({"accumulate", "collect"})
 NAMES = CARRYING | {"take", "join"}
 
@@ -23,20 +24,8 @@ def carried(program: Program) -> tuple[int, ...]:
 
 
 def order(program: Program) -> Iterator[tuple[int, int]]:
-    """(index of an instruction, pass of its loop) as they are executed; the pass is 0 where there is no loop.
-
-    The end of a loop comes once, behind the last pass: it frees what all of them used.
-    """
-    ops = [i.op for i in program.instructions]
-    index = 0
-    while index < len(ops):
-        if ops[index] == REPEAT:
-            end = ops.index(END_REPEAT, index)
-            for step in range(program.mesh.steps):
-                yield from ((inner, step) for inner in range(index + 1, end))
-            index = end
-        yield index, 0
-        index += 1
+    """(index of an instruction, pass of its loop) as they are executed; the pass is 0 where there is no loop."""
+    return ((index, step or 0) for part, step in runs(program) for index in part)
 
 
 def accumulate(total: torch.Tensor | None, x: torch.Tensor, owned: bool) -> torch.Tensor:

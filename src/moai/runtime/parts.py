@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moai.graph.placement import Mesh, Placement, Shard
+from moai.graph.placement import STAGES, Mesh, Placement, Shard
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
 
@@ -45,9 +45,10 @@ def holders(placement: Placement, mesh: Mesh) -> list[list[int]]:
     """For every part, once: the devices whose tensors add up to it. That is one device where nothing is partial."""
     found: dict[int, list[int]] = {}
     told_apart = (*placement.split_axes, *placement.partial)
+    first = placement.stages[0] if placement.stages else 0
     for rank in range(mesh.n_devices):
         at = mesh.coordinates(rank)
-        if all(coordinate == 0 or axis in told_apart for axis, coordinate in at.items()):
+        if at.pop(STAGES, first) == first and all(at[axis] == 0 or axis in told_apart for axis in at):
             found.setdefault(mesh.index(placement.split_axes, at), []).append(rank)
     return list(found.values())
 

@@ -1,0 +1,231 @@
+"""Stages of a pipeline: whatever their number, a step gives the numbers of one device (fp64, to 1e-10)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moai.lower import Program, lower
+from moai.lower.validate import InvalidProgram, validate
+from moai.plan.errors import PlanError
+from moai.plan.plan import Plan
+from tests.lower.lockstep import run
+from tests.lower.step_tracing import trace
+from tests.lower.test_one_device_numbers import (
+    check,
+    gradients,
+    leaves,
+    sgd,
+    transformer_batch,
+    transformer_loss,
+    transformer_state,
+)
+
+Tensors = Sequence[torch.Tensor]
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+SHARDED = {"distribute_param": True}
+LOW = {"distribute_param": True, "distribute_low_prec_param": True}
+PLANS = (
+    Plan(pp=2),
+    Plan(pp=2, micro=2),
+    Plan(pp=2, micro=4, schedule="gpipe"),
+    Plan(pp=2, micro=4),
+    Plan(pp=2, micro=4, recompute="full"),
+    Plan(pp=2, dp=2, micro=3),
+    Plan(pp=2, tp=2, micro=2),
+    Plan(pp=2, dp=2, micro=2, **SHARDED),
+    Plan(pp=2, dp=2, micro=2, **LOW),
+    Plan(pp=2, dp=2, tp=2, micro=2, recompute="default", **LOW),
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_states_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moai.lower.inputs._MIN_STATE", 1)
+
+
+def trained(loss: Callable[..., torch.Tensor], n: int, most: float | None = None) -> Callable[..., Any]:
+    """A step of SGD on the first `n` tensors, which gives its loss. `most`: the norm that gradients are clipped to."""
+
+    def step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, batch = args[:n], args[n:]
+        params = leaves(state)
+        found = loss(params, *batch)
+        grads = gradients(found, params)
+        if most is not None:
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            grads = torch._foreach_mul(grads, torch.clamp(most / (total + 1e-6), max=1.0))
+            sgd(state, grads)
+            return found.detach(), total
+        sgd(state, grads)
+        return (found.detach(),)
+
+    return step
+
+
+def layers(n: int, width: int = 8) -> list[torch.Tensor]:
+    return [torch.randn(width, width) / width**0.5 for _ in range(n)]
+
+
+def stacked(params: Tensors, x: torch.Tensor) -> torch.Tensor:
+    for w in params:
+        x = x + F.linear(x, w).tanh()
+    return x.square().mean()
+
+
+def stacked_program(n: int, plan: Plan, samples: int = 16, width: int = 8) -> Program:
+    state, x = layers(n, width), torch.randn(samples, 32, width)
+    return lower(trace(trained(stacked, n), state, [x]), plan, [None] * (n + 1))
+
+
+def sends(program: Program) -> list[tuple[int, int, int]]:
+    """(stage, stage that it sends to, tensors) of every message in a pass, and outside of loops."""
+    return [
+        (stage, i.args[1], len(i.args[0]))
+        for stage in range(len(program.stages))
+        for i in program.of(stage).instructions
+        if i.op == "send"
+    ]
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_weights_that_two_stages_share_have_one_gradient_and_one_update(plan: Plan) -> None:
+    state = transformer_state()
+    check(trained(transformer_loss, len(state)), state, transformer_batch(13), [plan])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+def test_any_number_of_stages_gives_the_numbers_of_one_device(stages: int, schedule: Any) -> None:
+    plans = [Plan(pp=stages, micro=micro, schedule=schedule) for micro in (1, 2, 5)]
+    check(trained(stacked, 6), layers(6), [torch.randn(11, 8)], plans)
+
+
+@pytest.mark.parametrize("plan", [Plan(pp=3, micro=2), Plan(pp=2, dp=2, micro=2, **SHARDED)], ids=str)
+def test_gradients_are_clipped_by_the_norm_over_all_stages(plan: Plan) -> None:
+    check(trained(stacked, 6, most=0.01), layers(6), [torch.randn(11, 8)], [plan])
+
+
+@pytest.mark.parametrize("plan", [Plan(pp=2), Plan(pp=3, dp=2, tp=2)], ids=str)
+def test_evaluation_runs_through_the_stages(plan: Plan) -> None:
+    check(lambda *args: (stacked(args[:-1], args[-1]),), layers(6), [torch.randn(11, 8)], [plan])
+
+
+def test_a_skip_connection_over_a_stage_is_sent_past_it() -> None:
+    def skipping(params: Tensors, x: torch.Tensor) -> torch.Tensor:
+        first = F.linear(x, params[0])
+        h = first
+        for w in params[1:]:
+            h = F.linear(h, w).tanh()
+        return (h * first).mean()
+
+    check(trained(skipping, 6), layers(6), [torch.randn(11, 8)], [Plan(pp=3, micro=2), Plan(pp=3)])
+
+
+def test_two_batches_whose_gradients_the_script_adds_up_run_on_the_same_stages() -> None:
+    def both(params: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return stacked(params, x) + stacked(params, y)
+
+    plan = Plan(pp=2, micro=2)
+    check(trained(both, 4), layers(4), [torch.randn(8, 8), torch.randn(8, 8)], [plan])
+
+
+# -- what is where
+
+
+def test_a_stage_has_its_own_states_alone() -> None:
+    program = stacked_program(6, Plan(pp=3, micro=2))
+    assert [s.placement.stages for s in program.inputs[:-1]] == [(0,), (0,), (1,), (1,), (2,), (2,)]
+    assert [len(stage.inputs) for stage in program.stages] == [3, 2, 2]  # and the first one the batch
+
+
+def test_an_update_is_where_its_state_lives() -> None:
+    program = stacked_program(6, Plan(pp=3, micro=2))
+    assert all(o.placement.stages == program.inputs[o.replaces].placement.stages for o in program.outputs[1:])
+    assert program.outputs[0].placement.stages == (2,)  # the loss
+
+
+def test_states_stay_where_they_live() -> None:
+    state, x = layers(6), torch.randn(16, 8)
+    graph = trace(trained(stacked, 6), state, [x])
+    first = lower(graph, Plan(pp=2, micro=2), [None] * 7)
+    moved = [replace(s.placement, stages=(0,) if k < 4 else (1,)) for k, s in enumerate(first.inputs[:6])]
+    program = lower(graph, Plan(pp=2, micro=2), [*moved, None])
+    assert [s.placement.stages for s in program.inputs[:6]] == [(0,)] * 4 + [(1,)] * 2
+    for a, b in zip(run(program, [*state, x]), run(first, [*state, x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_stage_sends_one_activation_on_and_one_gradient_back() -> None:
+    assert Counter(sends(stacked_program(6, Plan(pp=3, micro=4)))) == {
+        (0, 1, 1): 1,
+        (1, 2, 1): 1,
+        (2, 1, 1): 1,
+        (1, 0, 1): 1,
+    }
+
+
+def test_of_tied_weights_one_copy_and_one_gradient_cross_in_a_step() -> None:
+    state = transformer_state()
+    graph = trace(trained(transformer_loss, len(state)), state, transformer_batch(8))
+    program = lower(graph, Plan(pp=2, micro=4), [None] * len(graph.inputs))
+    assert program.inputs[0].placement.stages == (0,)
+    first, last = (program.of(s).instructions for s in (0, 1))
+    begin, end = (next(k for k, i in enumerate(first) if i.op == op) for op in ("repeat", "end_repeat"))
+    outside = [i.op for k, i in enumerate(first) if not begin < k < end]
+    assert outside.count("send") == 1 and outside.count("receive") == 1
+    assert (
+        sum(i.op == "send" for i in last) == 2
+    )  # in a pass the gradient of an activation, behind them that of weights
+
+
+def test_memory_falls_with_the_number_of_stages() -> None:
+    one, two, four = (stacked_program(12, Plan(pp=stages, micro=12), 12, width=128) for stages in (1, 2, 4))
+    assert one.resident_bytes > 1.6 * two.resident_bytes > 2.2 * four.resident_bytes
+    assert one.peak_bytes > 1.5 * two.peak_bytes > 2.0 * four.peak_bytes
+
+
+def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
+    found = {s: stacked_program(4, Plan(pp=2, micro=16, schedule=s)).stages for s in ("gpipe", "1f1b")}
+    assert all(a.peak_bytes > 2 * b.peak_bytes for a, b in zip(found["gpipe"], found["1f1b"], strict=True))
+
+
+# -- what cannot be
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(PlanError, match="pp=5: there are more stages than layers, of which the model has 4"):
+        stacked_program(4, Plan(pp=5, micro=5))
+
+
+def test_fewer_micro_batches_than_stages_are_noted() -> None:
+    (note,) = stacked_program(4, Plan(pp=4, micro=2)).notes
+    assert note.startswith("There are fewer micro-batches (2) than stages (4)")
+    assert not stacked_program(4, Plan(pp=2, micro=2)).notes
+
+
+# -- checks
+
+
+def test_64_stages_are_lowered_and_validated() -> None:
+    program = stacked_program(64, Plan(pp=64, micro=96, dp=2), samples=192)
+    assert program.mesh.n_devices == 128 and len(program.stages) == 64
+    validate(program)
+
+
+def test_the_validator_finds_a_message_that_is_not_sent() -> None:
+    program = stacked_program(4, Plan(pp=2, micro=2))
+    silent = tuple(i for i in program.stages[0].instructions if i.op != "send")
+    broken = replace(program, stages=(replace(program.stages[0], instructions=silent), program.stages[1]))
+    with pytest.raises(InvalidProgram, match="waits forever"):
+        validate(broken)
