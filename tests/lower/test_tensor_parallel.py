@@ -161,6 +161,16 @@ def test_a_vocabulary_and_a_width_need_not_be_divisible(tp: int):
     assert tuple(program.inputs[k].placement.shards[0].sizes for k in (0, 6)) == expected
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_mask_that_is_infinite_is_added_to_sums_and_not_to_their_terms(steps, micro: int):
+    step: Step = steps("gpt2_with_dropout")
+    inputs = [step.given[i.id].clone() for i in step.graph.inputs]
+    program = lower(step.graph, Plan(tp=2, micro=micro), [None] * len(inputs))
+    expected, _ = step.run(step.nodes)
+    for found, value in zip(run(program, inputs, step.scalars), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("key_heads", [1, 2])
 def test_with_fewer_key_heads_than_devices_keys_and_values_are_whole(key_heads: int):
     program = lowered(Plan(tp=4), state_of(2, key_heads=key_heads))

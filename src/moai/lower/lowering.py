@@ -290,7 +290,8 @@ def _placer(graph: StepGraph, plan: Plan, values: Values, split: TensorParallel,
     if stored:
         sums |= wishes(split.nodes, values.types, states)
     uses = Counter(r.id for n in split.nodes for r in refs((n.args, n.kwargs)))
-    placer = Placer(values, plan, stored, sums, split.gradients, uses)
+    trained = [graph.inputs[out.replaces].id for out in graph.outputs if out.replaces is not None]
+    placer = Placer(values, plan, stored, sums, split.gradients, uses, trained)
     for input_, arrival in zip(graph.inputs, arriving, strict=True):
         values.place(input_.id, arrival.present)
     for input_, arrival in zip(graph.inputs, arriving, strict=True):

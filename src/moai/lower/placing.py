@@ -14,7 +14,7 @@ local parts, with each change of placement spelled out. Decisions are made here,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -59,7 +59,8 @@ class Placer:
 
     stored: states that are spread over the plan's `shard_axis`. wishes: the shard that a value should become where it
     is summed over that shard's axis. gradients: shards over "tp" of values that meet a split weight in the optimizer.
-    uses: how many nodes read a value. remade: values to be made again in each pass of the loop over micro-batches.
+    uses: how many nodes read a value. trained: the weights among the inputs that the step updates. remade: values to be
+    made again in each pass of the loop over micro-batches.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Placer:
         wishes: Mapping[int, tuple[Shard, ...]],
         gradients: Mapping[int, tuple[Shard, ...]],
         uses: Mapping[int, int],
+        trained: Collection[int],
     ):
         self.code: list[Instruction] = []
         self.notes: list[str] = []
@@ -80,6 +82,7 @@ class Placer:
         self._wishes = wishes
         self._gradients = gradients
         self._uses = uses
+        self._trained = set(trained)  # and what is a view of them, or they in another precision
         # Where no device is to hold weights as a whole, none adds up whole gradients either.
         self._in_passes = frozenset((plan.shard_axis,) if plan.distribute_low_prec_param else ())
         self._batch_axes = tuple(a for a in plan.batch_axes if a in values.mesh.sizes)
@@ -230,11 +233,14 @@ class Placer:
         return None
 
     def _with_bias_in_terms(self, call: Call, ids: list[int]) -> list[int]:
-        """A small whole tensor that is added to terms over "tp" becomes a term itself, so that they can wait on."""
+        """A small weight that is added to terms over "tp" becomes a term itself, so that they can wait on. Anything
+        else that is added may be infinite, as masks are, and no multiple of that is nothing."""
         partial = ["tp" in self._at(i).partial for i in ids]
         if len(ids) != 2 or partial[0] == partial[1] or call.args.get("alpha", 1) != 1:
             return ids
         whole = partial.index(False)
+        if call.input_ids[whole] not in self._trained:
+            return ids
         id_, other = ids[whole], ids[1 - whole]
         if "tp" in self._at(id_).split_axes or self._values.type(id_).numel * 8 > self._values.type(other).numel:
             return ids
@@ -439,8 +445,10 @@ class Placer:
         return out
 
     def _remember(self, call: Call) -> None:
-        """Note what is made from numbers alone, and what is zero."""
+        """Note what is made from numbers alone, what is zero, and what is a weight as it is."""
         node = call.node
+        if (node.op in _CASTS or is_view(str(node.op))) and self._trained.issuperset(call.input_ids):
+            self._trained.update(flat_ids(node.outs))
         if node.op is aten.full.default and node.args[1] == 0:
             self._values.mark_zero(node.outs)
         if all(i in self._constants for i in call.input_ids):
