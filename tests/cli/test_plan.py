@@ -194,7 +194,7 @@ def test_the_screen_says_why_others_are_behind_and_which_cannot_be_run():
     slower = next(line for line in lines if "dp=4,tp=2 " in line)
     staged = next(line for line in lines if "pp=2" in line)
     assert "+50.0%" in slower and "waiting for messages within layers +500 ms" in slower
-    assert "cannot be run yet; waiting for other stages +250 ms" in staged
+    assert "not chosen yet; waiting for other stages +250 ms" in staged
 
 
 def test_reasons_that_differ_in_numbers_alone_are_one():
@@ -217,7 +217,7 @@ def test_times_are_said_in_the_unit_that_people_use(value, text):
     ("asked", "verdict"),
     [
         (SLOWER, '"dp=4,tp=2", takes 1.50 times as long as the chosen one'),
-        (STAGED, "cannot be run yet. It would take 1.25 times as long"),
+        (STAGED, "not chosen yet. It would take 1.25 times as long"),
         (DROPPED[2], "cannot be taken: memory: 75.5 GiB."),
         (DROPPED[0], "cannot be taken: slower: 3.5 s or more."),
         (BEST, "is the chosen one"),

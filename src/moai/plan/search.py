@@ -8,7 +8,7 @@ and no gradient is sent, and the optimizer is shared by all: no variant of it is
 many devices, it is taken from a split over few, whose messages are as long, with the rest of the work shared evenly.
 Once the bound is above what the best plan takes, so are all that follow. Of a layout's variants, one that computes more
 again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more, and is
-no faster. What cannot be run yet is predicted where that follows from what was observed for others; it is not worth an
+no faster. What is not chosen yet is predicted where that follows from what was observed for others; it is not worth an
 observation.
 """
 
@@ -37,7 +37,7 @@ _LARGER_MATRICES = 0.9
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A plan that was considered. `dropped`: why it cannot be, or need not be asked; None for one that could be taken.
-    `runnable`: whether programs for it can be made today."""
+    `runnable`: whether it may be chosen: plans with stages are not yet."""
 
     plan: Plan
     prediction: Prediction | None = None
@@ -260,7 +260,7 @@ class _Search:
         if needless is not None:
             return Candidate(plan, None, needless, runnable)
         if not runnable and self._known(plan) is None:
-            return Candidate(plan, None, f"cannot be run yet: {self._least_s(plan, bound):.3g} s or more", runnable)
+            return Candidate(plan, None, f"not chosen yet: {self._least_s(plan, bound):.3g} s or more", runnable)
         try:
             prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
@@ -398,7 +398,7 @@ def _order(candidate: Candidate) -> tuple[object, ...]:
 def _reason(candidates: Sequence[Candidate], lightest: tuple[Plan, float] | None, budget_bytes: int) -> str:
     runnable = [c for c in candidates if c.runnable]
     if not runnable:
-        return "Nothing that is allowed can be run on these devices"
+        return "Nothing that is allowed can be chosen on these devices"
     if lightest is None:
         return runnable[0].dropped or ""
     plan, nbytes = lightest

@@ -39,5 +39,5 @@ def _line(candidate: Candidate) -> str:
     if candidate.dropped is not None:
         parts.append(f"dropped : {candidate.dropped}")
     if not candidate.runnable:
-        parts.append("not run yet")
+        parts.append("not chosen yet")
     return ", ".join(parts)

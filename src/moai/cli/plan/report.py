@@ -128,7 +128,7 @@ def _candidate(candidate: Candidate, best: Candidate) -> list[str]:
     assert prediction is not None and best.prediction is not None
     why = "chosen" if candidate is best else figures.behind(prediction, best.prediction)
     if not candidate.runnable:
-        why = f"cannot be run yet; {why}"
+        why = f"not chosen yet; {why}"
     slower = f"{ratio(candidate, best) - 1:+.1%}"
     return [str(candidate.plan), seconds(prediction.step_s), slower, size(prediction.memory.total), why]
 
@@ -168,7 +168,7 @@ def _verdict(other: Candidate, best: Candidate) -> str:
     if other.plan == best.plan:
         return f"{text} is the chosen one."
     times = f"{ratio(other, best):.2f} times as long as the chosen one"
-    return f"{text} takes {times}." if other.runnable else f"{text} cannot be run yet. It would take {times}."
+    return f"{text} takes {times}." if other.runnable else f"{text} is not chosen yet. It would take {times}."
 
 
 def _signed(value: float, text: Any) -> str:
