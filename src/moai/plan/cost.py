@@ -115,7 +115,6 @@ def predict(
         dealt = _deal([_looped_s(end) for end in ends], _looped_s(layer), sample.layers + sample.deeper)
     elif len(dealt) != plan.pp or sum(dealt) != sample.layers + sample.deeper:
         raise ValueError(f"{list(dealt)} does not deal {sample.layers + sample.deeper} layers to {plan.pp} stages.")
-        memories = [_memory(sample, plan, interleave, s, n) for s, n in enumerate(dealt)]
     times = [_Times.of(end + n * layer) for end, n in zip(ends, dealt, strict=True)]
     memories = [_memory(sample, plan, interleave, s, n) for s, n in enumerate(dealt)]
     slowest = max(times, key=lambda stage: stage.looped_s)
