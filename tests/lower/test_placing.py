@@ -80,11 +80,22 @@ def test_terms_of_two_products_are_added_before_they_are_summed():
 
 
 def test_a_bias_is_added_once_to_what_is_left_in_terms():
+    def step(x, w, b):
+        y = torch.addmm(b, x, w).exp()
+        b.sub_(1.0)  # it is trained
+        return (y,)
+
     x, w, b = torch.randn(64, 6), torch.randn(6, 4), torch.randn(4)
-    given = (x, split(1, 6)), (w, split(0, 6)), (b, REPLICATE)
-    program = lowered(lambda x, w, b: ((torch.addmm(b, x, w)).exp(),), Plan(tp=2), *given)
+    program = lower(trace(step, [x, w, b], []), Plan(tp=2), [split(1, 6), split(0, 6), REPLICATE])
     assert [m[0] for m in messages(program.instructions)] == ["all_reduce"]
     assert ops(program.instructions)["mul"] + ops(program.instructions)["mul_"] == 1, "the bias is one device's term"
+
+
+def test_what_may_be_infinite_is_added_to_the_sum():
+    x, w, mask = torch.randn(64, 6), torch.randn(6, 4), torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
+    given = (x, split(1, 6)), (w, split(0, 6)), (mask, REPLICATE)
+    program = lowered(lambda x, w, mask: (x @ w + mask,), Plan(tp=2), *given)
+    assert ops(program.instructions)["mul"] + ops(program.instructions)["mul_"] == 0
 
 
 def test_a_maximum_over_a_split_dim_is_that_of_the_maxima():
