@@ -85,7 +85,7 @@ def test_a_bias_is_added_once_to_what_is_left_in_terms():
         b.sub_(1.0)  # it is trained
         return (y,)
 
-    x, w, b = torch.randn(64, 6), torch.randn(6, 4), torch.randn(4)
+    x, w, b = torch.randn(64, 6), torch.randn(6, 1), torch.randn(1)
     program = lower(trace(step, [x, w, b], []), Plan(tp=2), [split(1, 6), split(0, 6), REPLICATE])
     assert [m[0] for m in messages(program.instructions)] == ["all_reduce"]
     assert ops(program.instructions)["mul"] + ops(program.instructions)["mul_"] == 1, "the bias is one device's term"
