@@ -171,7 +171,9 @@ def test_lists_that_would_grow_apart_are_noticed(graph_of, monkeypatch) -> None:
     same(lower(graph, plan, [None] * len(graph.inputs)), lowered_whole(graph, plan, monkeypatch))
 
 
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize(
+    "model", [m if m in ("llama", "gpt2", "opt") else pytest.param(m, marks=pytest.mark.slow) for m in CONFIGS]
+)
 def test_where_it_is_not_clear_how_layers_go_on_all_of_them_are_lowered(model: str, graph_of, monkeypatch) -> None:
     graph, plan = graph_of(training(CONFIGS[model], padded=True)), parse("dp=2,tp=2,recompute=full", 4)
     same(lower(graph, plan, [None] * len(graph.inputs)), lowered_whole(graph, plan, monkeypatch))

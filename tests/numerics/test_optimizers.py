@@ -14,7 +14,7 @@ from benchmarks.child import ROOT
 
 CASES = ("adamw", "fused.clip", "sgd.accumulate", "single.twice", "foreach.accumulate.clip", "adafactor")
 # Three devices divide nothing here: neither the batch nor any dim of a parameter.
-PLANS = ("dp=3,distribute_param=true", "tp=2,micro=3")
+PLANS = ("dp=3,distribute_param=true", pytest.param("tp=2,micro=3", marks=pytest.mark.slow))
 
 
 def run(device: str, **environment: str) -> dict[str, list[float]]:

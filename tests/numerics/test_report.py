@@ -43,8 +43,8 @@ def test_a_plan_is_read_as_it_is_written() -> None:
 
 
 def test_a_setting_that_is_not_compared_is_named() -> None:
-    with pytest.raises(ValueError, match=r'"dp=2,pp=2" is no plan of this report: it has pp'):
-        Point.parse("dp=2,pp=2")
+    with pytest.raises(ValueError, match=r"is no plan of this report: it has shard"):
+        Point.parse("dp=2,distribute_param=true,shard=2")
 
 
 def test_no_number_of_parts_divides_the_batch() -> None:

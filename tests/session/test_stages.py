@@ -69,7 +69,14 @@ print(len(plain), max(abs(a - b) / max(abs(a), 1e-3) for a, b in zip(plain, stag
 """
 
 
-@pytest.mark.parametrize("plan", ["pp=2,micro=4", "pp=4,micro=4,schedule=gpipe,recompute=full", "dp=2,pp=2,micro=2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pp=2,micro=4",
+        "pp=4,micro=4,schedule=gpipe,recompute=full",
+        pytest.param("dp=2,pp=2,micro=2", marks=pytest.mark.slow),
+    ],
+)
 def test_evaluation_other_batches_accumulation_and_reading_are_exact(plan: str) -> None:
     done = run(SCRIPT, MOAI_PLAN=plan, MOAI_DEVICES="2" if "pp=2,micro=4" in plan else "4")
     assert done.returncode == 0, done.stderr
