@@ -22,7 +22,7 @@ import torch
 
 from moai.graph.rules import rule_of
 from moai.graph.rules.dims import Call, factors_of
-from moai.graph.step_graph import Node, Ref, TensorType, flat_ids, map_args, refs
+from moai.graph.step_graph import Node, Ref, Scalar, TensorType, flat_ids, map_args, refs
 from moai.lower.canonical import needed
 
 aten = torch.ops.aten
@@ -316,9 +316,12 @@ class _Sorted:
         maker = self._walk.maker.get(id_)
         self._expect(maker is not None and (maker.op is aten._to_copy.default or torch.Tag.pointwise in maker.op.tags))
         assert maker is not None
-        args, kwargs = map_args(
-            (maker.args, maker.kwargs), lambda leaf: self._of(leaf.id, every) if isinstance(leaf, Ref) else leaf
-        )
+
+        def filled(leaf: Any) -> Any:
+            self._expect(not isinstance(leaf, Scalar))  # a number of each step's own
+            return self._of(leaf.id, every) if isinstance(leaf, Ref) else leaf
+
+        args, kwargs = map_args((maker.args, maker.kwargs), filled)
         found: torch.Tensor = maker.op(*args, **kwargs)
         return found
 
