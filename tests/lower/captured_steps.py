@@ -59,9 +59,9 @@ class Step:
 # ---------------------------------------------------------------------- scripts
 
 
-def language_model(config: transformers.PretrainedConfig) -> Callable[[str], None]:
+def language_model(config: transformers.PretrainedConfig, experts: str = "batched_mm") -> Callable[[str], None]:
     def script(device: str) -> None:
-        config._attn_implementation, config._experts_implementation = "sdpa", "batched_mm"
+        config._attn_implementation, config._experts_implementation = "sdpa", experts
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
         tokens = torch.randint(0, VOCABULARY, (8, 32)).to(device)

@@ -15,7 +15,7 @@ from moai.lower.lowering import lowered
 from moai.lower.tasks import tasks
 from moai.plan.plan import Plan
 from tests.capture.conftest import capture, reads_on_the_host  # noqa: F401 (fixtures)
-from tests.lower.captured_steps import VOCABULARY, capturing, sizes, train
+from tests.lower.captured_steps import capturing, language_model, sizes, train
 
 aten = torch.ops.aten
 moai = torch.ops.moai
@@ -30,14 +30,7 @@ def steps(capture, monkeypatch):  # noqa: F811
 
 
 def mixture(config: transformers.PretrainedConfig) -> Callable[[str], None]:
-    def script(device: str) -> None:
-        config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).train().to(device)
-        tokens = torch.randint(0, VOCABULARY, (8, 32)).to(device)
-        train(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
-
-    return script
+    return language_model(config, "grouped_mm")
 
 
 MIXTURES = {
