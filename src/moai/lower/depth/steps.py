@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Input, Node, Output, StepGraph, TensorType, flat_ids
-from moai.lower.buckets import WHOLE_BYTES, WORTH_IT
+from moai.lower.buckets import WHOLE_BYTES
 from moai.lower.check import check
 from moai.lower.depth.layered import Layered, Layers, Version, Whole, layered
 from moai.lower.depth.records import Make, Record
@@ -145,22 +145,16 @@ class Deep:
 
     def is_sound(self) -> bool:
         """Whether the program with one layer more can be executed, and no message that is joined across layers becomes
-        larger than one would be if all layers were lowered, or so large that it would be made in another way."""
+        larger than one would be if all layers were lowered."""
         try:
             check(self._program(self._next))
             _ = self.program
         except (AssertionError, LookupError, ValueError):  # lists of what belongs together have grown apart
             return False
         before = max((len(i.outs) for i in self._shallow.instructions if i.op in _JOINED), default=0)
-        code = self._version.records
-        copied = {i.outs for i in code if i.op == "all_reduce_start"}
-        types = self.types()
-        return all(
-            sum(types[o].nbytes for o in i.outs)
-            < (WORTH_IT if i.op == "wait" and i.args[0].id in copied else WHOLE_BYTES)
-            for i in code
-            if i.op in _JOINED and len(i.outs) > before
-        )
+        grown = [i for i in self._version.records if i.op in _JOINED and len(i.outs) > before]
+        types = self.types() if grown else {}
+        return all(sum(types[o].nbytes for o in i.outs) < WHOLE_BYTES for i in grown)
 
     def _versioned(self, deeper: int) -> Version[Instruction]:
         code = self._shallow.instructions
