@@ -151,10 +151,14 @@ class Deep:
             _ = self.program
         except (AssertionError, LookupError, ValueError):  # lists of what belongs together have grown apart
             return False
-        before = max((len(i.outs) for i in self._shallow.instructions if i.op in _JOINED), default=0)
-        grown = [i for i in self._version.records if i.op in _JOINED and len(i.outs) > before]
-        types = self.types() if grown else {}
-        return all(sum(types[o].nbytes for o in i.outs) < WHOLE_BYTES for i in grown)
+        places, types = self._layers.positions(1), self._next_types
+        for i, moved in zip(self._shallow.instructions, places, strict=True):
+            if i.op in _JOINED:
+                here = sum(self._types[o].nbytes for o in i.outs)
+                more = sum(types[o].nbytes for o in self._next.records[moved].outs) - here
+                if more > 0 and here + more * self._deeper >= WHOLE_BYTES:
+                    return False
+        return True
 
     def _versioned(self, deeper: int) -> Version[Instruction]:
         code = self._shallow.instructions
@@ -165,6 +169,10 @@ class Deep:
 
         return self._layers.version(deeper, maker)
 
+    @cached_property
+    def _next_types(self) -> dict[int, TensorType]:
+        return self._typed(self._next)
+
     def _typed(self, version: Version[Instruction]) -> dict[int, TensorType]:
         return {new: self._types[old] for new, old in self._layers.like(version).items() if old in self._types}
 
@@ -172,7 +180,7 @@ class Deep:
         """With every layer, what is held at some place grows by the same amount: how much, one layer more tells. Within
         a run of layers it grows or shrinks evenly, so that the first and the last of them tell about all."""
         known = levels(self._shallow, self._types)
-        more = levels(self._program(self._next), self._typed(self._next))
+        more = levels(self._program(self._next), self._next_types)
         places = [*self._layers.positions(1), len(more) - 1]
         return max(
             here.total + (there.total - here.total) * self._deeper
