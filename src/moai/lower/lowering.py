@@ -159,10 +159,10 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], beg
         placer.add(node)
     outputs = _placed_outputs(graph, outputs, placer, values, arriving)
 
-    code = without_dead(placer.code, outputs)
+    code = without_dead(placer.emission.code, outputs)
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
-    code = in_loops(code, outputs, placer.remade, values)
+    code = in_loops(code, outputs, placer.emission.remade, values)
     donated = _donated(graph)
     if plan.pp > 1:
         program = _staged(graph, plan, given, code, outputs, donated, placer, values)
@@ -197,7 +197,7 @@ def _finished(
     """`outputs`: values, and the inputs that they replace. `stages`: where they are."""
     states = [id_ for id_, replaces in outputs if replaces is not None]
     borrowed = [s.id for s in inputs if not s.donated]
-    done, names = finished(code, [id_ for id_, _ in outputs], states, borrowed, placer.stored, values)
+    done, names = finished(code, [id_ for id_, _ in outputs], states, borrowed, placer.emission.stored, values)
     found = Program(
         name=new_name(),
         mesh=values.mesh,
@@ -228,7 +228,7 @@ def _staged(
 ) -> Program:
     """A program for each stage."""
     try:
-        pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
+        pipeline = in_stages(graph, plan, given, code, outputs, placer.emission.phases(), values)
     except NoCut as error:
         raise PlanError(f"pp={plan.pp}: {error}.") from None
     notes = list(placer.notes)
@@ -324,7 +324,7 @@ def _placed_outputs(
             wanted = taken_over.wanted
         else:
             wanted = _out_of_time(values.placement(id_), values.mesh)
-        found.append(placer.placed(id_, wanted, origin))
+        found.append(placer.emission.placed(id_, wanted, origin))
     return found
 
 
