@@ -38,6 +38,10 @@ PLANS = (
     Plan(pp=2, micro=4, schedule="gpipe"),
     Plan(pp=2, micro=4),
     Plan(pp=2, micro=4, recompute="full"),
+    Plan(pp=2, micro=4, schedule="zero_bubble"),
+    Plan(pp=2, micro=3, dp=2, schedule="zero_bubble", recompute="full", **LOW),
+    Plan(pp=2, micro=4, schedule="interleaved"),
+    Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"),
     Plan(pp=2, dp=2, micro=3),
     Plan(pp=2, tp=2, micro=2),
     Plan(pp=2, dp=2, micro=2, **SHARDED),
@@ -100,14 +104,20 @@ def sends(program: Program) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_weights_that_two_stages_share_have_one_gradient_and_one_update(plan: Plan) -> None:
-    state = transformer_state()
+    state = transformer_state(plan.n_stages if plan.schedule == "interleaved" else 2)
     check(trained(transformer_loss, len(state)), state, transformer_batch(13), [plan])
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero_bubble"])
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 def test_any_number_of_stages_gives_the_numbers_of_one_device(stages: int, schedule: Any) -> None:
     plans = [Plan(pp=stages, micro=micro, schedule=schedule) for micro in (1, 2, 5)]
+    check(trained(stacked, 6), layers(6), [torch.randn(11, 8)], plans)
+
+
+@pytest.mark.parametrize(("devices", "chunks"), [(2, 2), (2, 3), (3, 2)])
+def test_any_number_of_stages_a_device_gives_the_numbers_of_one_device(devices: int, chunks: int) -> None:
+    plans = [Plan(pp=devices, micro=micro, schedule="interleaved", chunks=chunks) for micro in (1, 2, 5)]
     check(trained(stacked, 6), layers(6), [torch.randn(11, 8)], plans)
 
 
