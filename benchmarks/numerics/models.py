@@ -29,7 +29,8 @@ Optimizer = Literal["foreach", "fused", "sgd"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`make`: the model, of so many layers, on the CPU. `own_loss`: the script works the loss out of the logits, in their precision.
+    """`make`: the model, of so many layers, on the CPU. `own_loss`: the script works the loss out of the logits, in
+    their precision.
 
     `stays_fp64`: in fp64, nothing of it drops to fp32. `takes_fp64`: it runs in fp64 at all. `draws`: it has dropout,
     whose numbers are the accelerator's own. `padding`: at which side of samples.

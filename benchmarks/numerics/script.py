@@ -28,7 +28,8 @@ MAX_NORM = 0.5  # less than most norms here: steps are clipped
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`layers`: of the model. `precision`: fp64 and fp32 are what the model is in; bf16 is a model in fp32 whose products are in bf16."""
+    """`layers`: of the model. `precision`: fp64 and fp32 are what the model is in; bf16 is a model in fp32 whose
+    products are in bf16."""
 
     model: str
     precision: str

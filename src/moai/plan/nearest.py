@@ -67,9 +67,11 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
     layouts = [(dp, pp) for dp, pp in product(_divisors(n_devices), stages) if n_devices % (dp * pp) == 0]
     for (dp, pp), states, level, n in product(layouts, _STATES, _LEVELS, parts):
         layout = replace(plan, dp=dp, tp=n_devices // (dp * pp), pp=pp)
-        if plan.schedule == "interleaved":
-            schedule: Schedule = "1f1b" if pp == 1 else "interleaved"
-            layout = replace(layout, schedule=schedule, chunks=max(plan.chunks, 2))
+        if plan.schedule == "interleaved" and pp > 1:
+            layout = replace(layout, chunks=max(plan.chunks, 2))
+        else:
+            schedule: Schedule = "1f1b" if plan.schedule == "interleaved" else plan.schedule
+            layout = replace(layout, schedule=schedule, chunks=Plan().chunks)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)
