@@ -105,6 +105,7 @@ print(*(p.detach().cpu().sum().item() for p in model.parameters()), sep="\\n")
 """
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_numbers_of_one_device() -> None:
     def numbers(plan: str, devices: int) -> list[float]:
         done = run(DROPPING, MOAI_PLAN=plan, MOAI_DEVICES=str(devices))
