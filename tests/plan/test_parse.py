@@ -131,3 +131,17 @@ def test_the_line_of_the_log_is_the_originals_with_our_keys_added():
         "No PP, tp : 2, dp : 4, num_micro_batches : 4, recomputation : full(2), distribute_param : true, "
         "distribute_low_prec_param : false, precision : bf16, shard : 2"
     )
+
+
+def test_interleaved_stages_have_two_chunks_a_device_if_no_more_are_asked_for():
+    assert parse("pp=2,schedule=interleaved", 4) == Plan(2, pp=2, schedule="interleaved", chunks=2)
+    assert parse("pp=2,schedule=interleaved,chunks=4", 4).n_stages == 8
+
+
+def test_chunks_need_interleaved_stages():
+    assert refusal("pp=2,chunks=3")[0] == "chunks=3 needs schedule=interleaved: it is how many stages a device has."
+    assert refusal("pp=2,chunks=1,schedule=interleaved") == (
+        "chunks must be 2 or more: with one stage a device, it is schedule=1f1b.",
+        "dp=2,pp=2,schedule=interleaved",
+    )
+    assert refusal("dp=4,schedule=interleaved") == ("schedule=interleaved needs stages (pp=2 or more).", "dp=4")

@@ -32,6 +32,7 @@ from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
+from moai.lower.stages.arrivals import numbered
 from moai.lower.stages.assign import NoCut
 from moai.lower.stages.pipeline import in_stages
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
@@ -230,7 +231,8 @@ def _staged(
     try:
         pipeline = in_stages(graph, plan, given, code, outputs, placer.emission.phases(), values)
     except NoCut as error:
-        raise PlanError(f"pp={plan.pp}: {error}.") from None
+        chunks = f",chunks={plan.chunks}" if plan.n_stages > plan.pp else ""
+        raise PlanError(f"pp={plan.pp}{chunks}: {error}.") from None
     notes = list(placer.notes)
     if plan.micro < plan.pp and has_backward(graph):
         notes.append(
@@ -246,6 +248,7 @@ def _staged(
         given_here = [s for s in inputs if s.placement.on(stage)]
         made_here = [out for out, (home,) in zip(made, pipeline.outputs, strict=True) if home == stage]
         stages.append(_finished(graph, own, given_here, made_here, (stage,), placer, values))
+    stages = numbered(stages)
     slots = [iter(stage.outputs) for stage in stages]
     return Program(
         name=new_name(),

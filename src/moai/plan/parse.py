@@ -17,13 +17,13 @@ from moai.plan.plan import Plan
 
 VARIABLE = "MOAI_PLAN"
 
-_COUNTS = ("dp", "tp", "pp", "micro", "shard")
+_COUNTS = ("dp", "tp", "pp", "micro", "shard", "chunks")
 _WORDS: dict[str, dict[str, Any]] = {
     "recompute": {"none": "none", "default": "default", "full": "full"},
     "distribute_param": {"true": True, "false": False},
     "distribute_low_prec_param": {"true": True, "false": False},
     "precision": {"fp32": "fp32", "bf16": "bf16", "fp64": "fp64"},
-    "schedule": {"1f1b": "1f1b", "gpipe": "gpipe"},
+    "schedule": {"1f1b": "1f1b", "gpipe": "gpipe", "zero_bubble": "zero_bubble", "interleaved": "interleaved"},
 }
 _KEYS = (*_COUNTS, *_WORDS)
 _MOST_DIGITS = 9
@@ -113,4 +113,6 @@ def _obstacle(plan: Plan, values: dict[str, Any], n_devices: int) -> str | None:
     if "dp" not in values and n_devices % (plan.tp * plan.pp):
         sizes = " times ".join(f"{key}={size}" for key, size in (("tp", plan.tp), ("pp", plan.pp)) if size > 1)
         return f"{sizes} does not divide the {n_devices} devices of the accelerator"
+    if "chunks" in values and plan.schedule != "interleaved":
+        return f"chunks={plan.chunks} needs schedule=interleaved: it is how many stages a device has"
     return obstacle(plan, n_devices)

@@ -12,7 +12,7 @@ from moai.graph.placement import STAGES, TIME, Mesh
 
 Recompute = Literal["none", "default", "full"]
 Precision = Literal["fp32", "bf16", "fp64"]
-Schedule = Literal["1f1b", "gpipe"]
+Schedule = Literal["1f1b", "gpipe", "zero_bubble", "interleaved"]
 
 _LEVELS = {"none": "none(0)", "default": "default(1)", "full": "full(2)"}  # of recomputation, as the log names them
 
@@ -27,7 +27,8 @@ class Plan:
     devices, if that is given); distribute_low_prec_param: what the layers compute with, too.
     precision: that of matrix products; None leaves the script's own.
     schedule: in which order a stage does the forwards and backwards of its micro-batches ("gpipe": all forwards first;
-    "1f1b": in turns, as early as it can, so that fewer are under way).
+    "1f1b": in turns, as early as it can, so that fewer are under way; "zero_bubble": as that, with gradients of weights
+    where it would wait; "interleaved": as 1f1b, with `chunks` stages a device, the first ones of all devices first).
     """
 
     dp: int = 1
@@ -40,6 +41,7 @@ class Plan:
     precision: Precision | None = None
     shard: int | None = None
     schedule: Schedule = "1f1b"
+    chunks: int = 2
 
     def __str__(self) -> str:
         """The text that `plan.parse` makes this plan of: dp, and what is not as usual."""
@@ -64,12 +66,19 @@ class Plan:
             parts.append(f"shard : {self.shard}")
         if self.schedule != "1f1b":
             parts.append(f"schedule : {self.schedule}")
+        if self.schedule == "interleaved":
+            parts.append(f"chunks : {self.chunks}")
         return ", ".join(parts)
 
     @property
     def n_devices(self) -> int:
         """How many devices the plan is for."""
         return self.dp * self.tp * self.pp
+
+    @property
+    def n_stages(self) -> int:
+        """In how many parts the layers are cut: a device may have several."""
+        return self.pp * self.chunks if self.schedule == "interleaved" else self.pp
 
     @property
     def batch_axes(self) -> tuple[str, ...]:

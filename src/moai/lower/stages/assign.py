@@ -22,8 +22,9 @@ from moai.graph.step_graph import Phase, flat_ids
 from moai.lower.operators import BUILTINS, is_view
 from moai.lower.program import Instruction
 from moai.lower.regions import is_fusable
-from moai.lower.stages.cut import balanced, count_layers, following
+from moai.lower.stages.cut import balanced, count_layers
 from moai.lower.stages.effort import effort
+from moai.lower.stages.following import following
 from moai.lower.stages.units import Unit
 from moai.lower.values import Values
 
@@ -43,8 +44,8 @@ _HANDED_ON = frozenset({"accumulate", "collect", "take", "join"})
 @dataclass(frozen=True)
 class Step:
     """What is to be cut. `data`, `states` and `passing` are the inputs, of which the last are activations or gradients
-    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which stages they
-    are already. `phases`: of values."""
+    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which devices
+    they are already. `phases`: of values. The `stages` are dealt to `devices` in turns."""
 
     code: Sequence[Instruction]
     units: Sequence[Unit]
@@ -56,6 +57,11 @@ class Step:
     changed: frozenset[int]
     living: Mapping[int, tuple[int, ...]]
     stages: int
+    devices: int
+
+    def device(self, stage: int) -> int:
+        """The device that has `stage`."""
+        return stage % self.devices
 
 
 @dataclass
@@ -99,6 +105,7 @@ class _Walk:
         leaves = {i: frozenset((i,)) for i, kind in kinds.items() if kind == "state"}
         home = {i: stages[0] for i, stages in step.living.items()}
         self.found = Assignment([None] * len(step.units), kinds, home, leaves)
+        self._unread = set(home)  # those of whose homes but the device is known
         self._there: dict[int, set[int]] = defaultdict(set)  # the stages that have read a value
         self._cut: dict[int, int] = {}
 
@@ -177,7 +184,7 @@ class _Walk:
             homes: list[list[tuple[int, int]]] = [[] for _ in run]
             for i, place in first.items():
                 homes[place].append((self.found.home[i], self._types[i].nbytes))
-            return following(homes, crossing, self._step.stages)
+            return following(homes, crossing, self._step.stages, self._step.devices)
         code = [self._step.code[self._step.units[k].at] for k in run]
         layers = count_layers([(i.op, *(self._types.get(o) for o in flat_ids(i.outs))) for i in code])
         if layers is not None and layers < self._step.stages:
@@ -218,7 +225,11 @@ class _Walk:
                         self._live(leaves, self._cut[k])
 
     def _live(self, leaves: Iterable[int], stage: int) -> None:
+        """What lives on a device already is of the first of its stages that reads it."""
         for leaf in leaves:
+            if leaf in self._unread and self._step.device(stage) == self._step.device(self.found.home[leaf]):
+                self.found.home[leaf] = stage
+                self._unread.remove(leaf)
             self.found.home.setdefault(leaf, stage)
 
     # -- everything

@@ -4,7 +4,7 @@ In: the forward's steps in the script's order, each with what it takes; how much
 of them. Out: the first step of every stage but the first.
 
 Stages take equally long, as far as they can where little is sent: places where more crosses are looked at only if the
-slowest stage gains much by it. Where states lie on stages already, it is they that say where the cuts are.
+slowest stage gains much by it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,6 @@ def balanced(seconds: Sequence[float], crossing: Sequence[int], stages: int) -> 
         if found is not None and found[0] <= best[0] * _SLOWER:
             return found[1]
     return best[1]
-
-
-def following(homes: Sequence[Sequence[tuple[int, int]]], crossing: Sequence[int], stages: int) -> list[int]:
-    """`homes[k]`: (stage, bytes) of each state that step k reads. Cuts are where fewest bytes of states lie on another
-    stage than that of the step that reads them, and of such places where least crosses."""
-    begins: list[int] = []
-    for stage in range(1, stages):
-        # A state of an earlier stage that is read from here on is out of place, and so is one of a later stage before.
-        late = [sum(n for s, n in read if s < stage) for read in homes]
-        early = [sum(n for s, n in read if s >= stage) for read in homes]
-        before = [0, *accumulate(early)]
-        behind = [0, *accumulate(reversed(late))][::-1]
-        first = begins[-1] if begins else 0
-        places = range(first, len(homes) + 1)
-        begins.append(min(places, key=lambda p: (before[p] + behind[p], crossing[p] if p < len(homes) else 0)))
-    return begins
 
 
 def count_layers(steps: Sequence[Hashable]) -> int | None:
