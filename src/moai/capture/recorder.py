@@ -130,9 +130,11 @@ class Recorder:
             segment.departure = describe.explain_departure(segment.cursor, operator, args)
         n_inputs, n_scalars = len(segment.inputs), len(segment.scalars)
         call = Call(segment.cursor, operator)
+        call.origin = provenance.origin_of_current_call(self.in_optimizer)
+        floats_vary = call.origin.phase == "optimizer"
         try:
-            call.args = describe.specify(segment, args, self.in_optimizer)
-            call.kwargs = {k: describe.specify(segment, v, self.in_optimizer) for k, v in kwargs.items()}
+            call.args = tuple(describe.specify(segment, a, floats_vary) for a in args)
+            call.kwargs = {k: describe.specify(segment, v, floats_vary) for k, v in kwargs.items()}
         except Exception:
             segment.unbind(n_inputs, n_scalars)
             raise
@@ -140,7 +142,6 @@ class Recorder:
             segment.unbind(n_inputs, n_scalars)
             return self.record(operator, args, kwargs)
         call.writes = bool(operator.mutated)
-        call.origin = provenance.origin_of_current_call(self.in_optimizer)
         call.outs = describe.specify_outputs(operator, result, len(segment.alive), self.make)
         call.plain = isinstance(call.outs, OutSpec)
         call.saw_backward = call.origin.phase == "backward" or segment.cursor.saw_backward

@@ -15,7 +15,7 @@ import torch
 from moai.capture import provenance
 from moai.capture.operators import UNANNOTATED_WRITERS, Operator
 from moai.capture.recorder import Recorder
-from moai.device import attention, kernels, random, recurrent
+from moai.device import attention, bags, kernels, random, recurrent
 
 aten = torch.ops.aten
 
@@ -53,9 +53,10 @@ def install(recorder: Recorder) -> None:
         library.impl(name, kernel, "CUDA")
     for name in _recorded_names(set(own) | set(_FACTORIES)):
         library.impl(name, _recording(recorder, _overload(name)), "PrivateUse1")
-    for name, kernel in recurrent.table().items():
+    for name, kernel in (recurrent.table() | bags.table()).items():
         library.impl(name, kernel, "AutogradPrivateUse1")
     attention.install(recorder, library)
+    bags.install()
     others = torch.library.Library("_", "IMPL")
     _libraries.append(others)
     others.fallback(_refuse, "PrivateUse1")

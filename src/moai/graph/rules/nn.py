@@ -214,6 +214,7 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
         (
             aten._softmax.default,
             aten._log_softmax.default,
+            aten._safe_softmax.default,
             aten._softmax_backward_data.default,
             aten._log_softmax_backward_data.default,
             aten.glu.default,
