@@ -197,6 +197,42 @@ def test_weighted_bags_of_embeddings(device):
 
 
 @same_as_cpu
+def test_spectra(device):
+    x = randn(2, 3, 8).to(device).requires_grad_()
+    window = torch.hann_window(8, device=device)
+    spectrum = torch.fft.rfft(x * window)
+    y = torch.fft.irfft(spectrum * spectrum.abs()) + torch.fft.fftshift(torch.fft.fft2(x)).real
+    spectrogram = torch.stft(x[:, 0], 4, 2, window=window[:4], return_complex=True)
+    (y.pow(2).sum() + spectrogram.abs().pow(2).sum() + spectrum.imag.sum()).backward()
+    return y, spectrogram.abs(), x.grad
+
+
+@same_as_cpu
+def test_conjugated_and_negated_views(device):
+    x = torch.complex(randn(3, 3), randn(3, 3, seed=1)).to(device)
+    y = x.conj()
+    z, w = torch.zeros_like(x), torch.zeros(3, 3, device=device)
+    z.conj().copy_(x)
+    z[0] = y[1]
+    w.copy_(y.imag)
+    y.imag[0].neg_()
+    found = (
+        y @ x,
+        y.clone(),
+        y.imag + 1,
+        y.cpu(),
+        y.imag.cpu(),
+        z,
+        w,
+        torch.addmm(y, y, y.mT),
+        y.reshape(-1)[3].item(),
+    )
+    return [
+        torch.view_as_real(f.resolve_conj()) if isinstance(f, torch.Tensor) and f.is_complex() else f for f in found
+    ]
+
+
+@same_as_cpu
 def test_packed_sequences(device):
     model = nn.LSTM(3, 4, batch_first=True).to(device)
     x = randn(3, 5, 3).to(device).requires_grad_()
