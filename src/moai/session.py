@@ -99,6 +99,7 @@ class Session:
         self._speed = Speedometer()
         self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
+        self._noted: set[str] = set()
         self._pid = os.getpid()
         register_optimizer_step_pre_hook(self._optimizer_step_begins)
         register_optimizer_step_post_hook(self._optimizer_step_ends)
@@ -241,7 +242,9 @@ class Session:
             self._first_run = True  # the next wait may be long enough to be explained
             self._graphs.append(graph)
             for note in program.notes:
-                logger.info(note)
+                if note not in self._noted:
+                    self._noted.add(note)
+                    logger.info(note)
         return program
 
     def _prepare(self, graph: StepGraph, given: Given, taken: Callable[[], int]) -> Program:

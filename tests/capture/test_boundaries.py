@@ -274,6 +274,16 @@ def test_a_value_that_needs_much_work_is_not_worked_out_on_the_host(capture: Obs
 
 
 @on_the_host
+def test_a_second_question_about_a_loss_is_answered_on_the_host(capture: Observed) -> None:
+    """transformers' Trainer asks of every loss whether it is NaN, and then whether it is infinite."""
+    script, before, reads = Script(), capture.segments, capture.recorder.stats.host_reads
+    for i in range(3):
+        loss = script.step(i)
+        assert not bool(torch.isnan(loss)) and not bool(torch.isinf(loss))
+    assert (capture.segments - before, capture.recorder.stats.host_reads - reads) == (3, 3)
+
+
+@on_the_host
 def test_a_matrix_product_is_left_to_the_devices(capture: Observed) -> None:
     before, x = capture.segments, randn(4, 4).to("cuda")
     assert_same((x @ x).sum().item(), (randn(4, 4) @ randn(4, 4)).sum())

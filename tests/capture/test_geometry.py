@@ -125,3 +125,12 @@ def test_span_counts_the_elements_from_the_first_to_the_last() -> None:
 def test_contiguous_strides_are_those_of_torch() -> None:
     for shape in ((), (3,), (2, 0, 3), (4, 1, 5)):
         assert contiguous_stride(shape) == torch.empty(shape).stride()
+
+
+def test_a_part_of_a_sequence_seen_as_an_image_has_a_chain():
+    """Patches behind a class token: 1 + 16 positions, of which the last 16 are 4 x 4."""
+    base = torch.arange(2 * 17 * 3).reshape(2, 17, 3)
+    view = base[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    steps = chain(base, view)
+    assert steps is not None
+    assert torch.equal(apply(base, steps), view)

@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.nn as nn
 
+from moai.graph.step_graph import Scalar
 from tests.capture.compare import randn, same_as_cpu
 
 # ---------------------------------------------------------------------- modules
@@ -173,6 +174,74 @@ def test_gru(device):
     return y, model.weight_ih_l0.grad
 
 
+@same_as_cpu
+def test_bags_of_embeddings_of_equal_and_of_uneven_sizes(device):
+    found = []
+    for mode in ("sum", "mean", "max"):
+        torch.manual_seed(0)
+        model = nn.EmbeddingBag(9, 4, mode=mode, padding_idx=2).to(device)
+        rows = torch.tensor([[1, 2, 8], [2, 2, 2], [3, 0, 3]]).to(device)
+        bags = model(rows), model(rows.flatten(), torch.tensor([0, 2, 2, 7]).to(device))
+        sum(b.pow(2).sum() for b in bags).backward()
+        found += [*bags, model.weight.grad]
+    return found
+
+
+@same_as_cpu
+def test_weighted_bags_of_embeddings(device):
+    model = nn.EmbeddingBag(9, 4, mode="sum").to(device)
+    weights = randn(2, 3).to(device).requires_grad_()
+    y = model(torch.tensor([[1, 2, 8], [3, 0, 3]]).to(device), per_sample_weights=weights)
+    y.pow(2).sum().backward()
+    return y, weights.grad, model.weight.grad
+
+
+@same_as_cpu
+def test_spectra(device):
+    x = randn(2, 3, 8).to(device).requires_grad_()
+    window = torch.hann_window(8, device=device)
+    spectrum = torch.fft.rfft(x * window)
+    y = torch.fft.irfft(spectrum * spectrum.abs()) + torch.fft.fftshift(torch.fft.fft2(x)).real
+    spectrogram = torch.stft(x[:, 0], 4, 2, window=window[:4], return_complex=True)
+    (y.pow(2).sum() + spectrogram.abs().pow(2).sum() + spectrum.imag.sum()).backward()
+    return y, spectrogram.abs(), x.grad
+
+
+@same_as_cpu
+def test_conjugated_and_negated_views(device):
+    x = torch.complex(randn(3, 3), randn(3, 3, seed=1)).to(device)
+    y = x.conj()
+    z, w = torch.zeros_like(x), torch.zeros(3, 3, device=device)
+    z.conj().copy_(x)
+    z[0] = y[1]
+    w.copy_(y.imag)
+    y.imag[0].neg_()
+    found = (
+        y @ x,
+        y.clone(),
+        y.imag + 1,
+        y.cpu(),
+        y.imag.cpu(),
+        z,
+        w,
+        torch.addmm(y, y, y.mT),
+        y.reshape(-1)[3].item(),
+    )
+    return [
+        torch.view_as_real(f.resolve_conj()) if isinstance(f, torch.Tensor) and f.is_complex() else f for f in found
+    ]
+
+
+@same_as_cpu
+def test_packed_sequences(device):
+    model = nn.LSTM(3, 4, batch_first=True).to(device)
+    x = randn(3, 5, 3).to(device).requires_grad_()
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 3]), batch_first=True, enforce_sorted=False)
+    y, lengths = nn.utils.rnn.pad_packed_sequence(model(packed)[0], batch_first=True, padding_value=-1.0)
+    y.pow(2).sum().backward()
+    return y, lengths, x.grad, model.weight_hh_l0.grad
+
+
 # ---------------------------------------------------------------------- optimizers
 
 
@@ -225,6 +294,35 @@ def test_lbfgs(device):
 
     optimizer.step(closure)
     return model.weight
+
+
+def test_what_an_optimizers_closure_computes_is_a_forward_with_fixed_numbers(capture):
+    """Numbers that vary would hide from the devices what batch norm's eps is."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).cuda()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(randn(6, 3).cuda()).pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure).item()
+    norms = [node for graph in capture.graphs for node in graph.nodes if "batch_norm" in str(node.op)]
+    assert norms and not any(isinstance(arg, Scalar) for node in norms for arg in node.args)
+
+
+def test_a_call_of_nothing_but_numbers_in_an_optimizers_step(capture):
+    weight = nn.Parameter(randn(3).cuda())
+
+    class Halves(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            weight.mul_(torch.scalar_tensor(0.5, device="cuda"))
+
+    before = weight.detach().cpu()
+    Halves([weight], {}).step()
+    assert torch.equal(weight.detach().cpu(), before / 2)
 
 
 @same_as_cpu

@@ -89,13 +89,3 @@ def test_peft_adapters_train_and_merge():
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert trained and all("lora" in name for name in trained)
     assert model.merge_and_unload().device.type == "cuda"
-
-
-def test_torch_compile_traces_through_the_replaced_functions():
-    module = torch.nn.Linear(2, 2).cuda()
-
-    def forward(x):
-        return module(x.to("cuda")) + torch.zeros(2, device="cuda")
-
-    x = torch.ones(1, 2, device="cuda")
-    assert torch.equal(torch.compile(forward, backend="eager")(x).cpu(), forward(x).cpu())

@@ -60,10 +60,16 @@ def view_chain(
     lengths = _to_memory_order(base_size, base_stride, steps)
     dims = [(st, n, i) for i, (n, st) in enumerate(zip(size, stride, strict=True)) if n != 1 and st != 0]
     dims.sort(key=lambda d: -d[0])
-    levels = _levels(lengths, [(st, n) for st, n, _ in dims], offset)
+    window = [(st, n) for st, n, _ in dims]
+    levels = _levels(lengths, window, offset)
     if levels is None:
-        return None
-    _window(lengths, levels, [(st, n) for st, n, _ in dims], offset, steps)
+        window = _joined(window)
+        levels = _levels(lengths, window, offset)
+        if levels is None:
+            return None
+    _window(lengths, levels, window, offset, steps)
+    if len(window) != len(dims):
+        _append_reshape(steps, tuple(n for _, n, _ in dims))
     _to_view_order(dims, size, stride, steps)
     return tuple(steps)
 
@@ -79,6 +85,16 @@ def _to_memory_order(size: Size, stride: Size, steps: list[ViewStep]) -> Size:
     lengths = tuple(size[d] for d in dims)
     steps.append(ViewStep("permute", (dims,), lengths))
     return lengths
+
+
+def _joined(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The dims with neighbours that follow each other in memory made one: a part of a sequence, seen as an image."""
+    joined: list[tuple[int, int]] = []
+    for st, n in dims:
+        if joined and joined[-1][0] == st * n:
+            st, n = st, n * joined.pop()[1]
+        joined.append((st, n))
+    return joined
 
 
 def _levels(lengths: Size, dims: list[tuple[int, int]], offset: int) -> list[int] | None:

@@ -30,9 +30,11 @@ _names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDiction
 
 
 def origin_of_current_call(in_optimizer: bool) -> Origin:
-    """Phase, innermost module's path, autograd sequence number and the script's line of the call being recorded."""
+    """Phase, innermost module's path, autograd sequence number and the script's line of the call being recorded. A
+    closure that an optimizer calls (LBFGS) is a forward and a backward of its own."""
     in_backward = torch._C._current_graph_task_id() != -1
-    phase = "optimizer" if in_optimizer else "backward" if in_backward else "forward"
+    updating = in_optimizer and not torch.is_grad_enabled()
+    phase = "backward" if in_backward else "optimizer" if updating else "forward"
     node = torch._C._current_autograd_node() if in_backward else None
     if node is not None:
         return Origin("backward", node.name(), node._sequence_nr(), "")

@@ -21,7 +21,7 @@ from moai.capture.geometry import contiguous_stride
 from moai.capture.held import KEEP_BYTES, HeldValues, dropped_text
 from moai.capture.operators import Operator
 from moai.capture.segment import OpenSegment, missing_text
-from moai.capture.trace import Call, OutSpec
+from moai.capture.trace import Call, OutSpec, tensor_specs
 from moai.capture.values import Base, Record, Value, geometry_of, record_of
 from moai.graph.step_graph import StepGraph
 
@@ -130,9 +130,11 @@ class Recorder:
             segment.departure = describe.explain_departure(segment.cursor, operator, args)
         n_inputs, n_scalars = len(segment.inputs), len(segment.scalars)
         call = Call(segment.cursor, operator)
+        call.origin = provenance.origin_of_current_call(self.in_optimizer)
+        floats_vary = call.origin.phase == "optimizer"
         try:
-            call.args = describe.specify(segment, args, self.in_optimizer)
-            call.kwargs = {k: describe.specify(segment, v, self.in_optimizer) for k, v in kwargs.items()}
+            call.args = tuple(describe.specify(segment, a, floats_vary) for a in args)
+            call.kwargs = {k: describe.specify(segment, v, floats_vary) for k, v in kwargs.items()}
         except Exception:
             segment.unbind(n_inputs, n_scalars)
             raise
@@ -140,7 +142,6 @@ class Recorder:
             segment.unbind(n_inputs, n_scalars)
             return self.record(operator, args, kwargs)
         call.writes = bool(operator.mutated)
-        call.origin = provenance.origin_of_current_call(self.in_optimizer)
         call.outs = describe.specify_outputs(operator, result, len(segment.alive), self.make)
         call.plain = isinstance(call.outs, OutSpec)
         call.saw_backward = call.origin.phase == "backward" or segment.cursor.saw_backward
@@ -299,19 +300,42 @@ class Recorder:
             if on_host is not None:
                 self.stats.host_reads += 1
                 return _window(on_host, tensor)
+            asked = self._asked_about(record)
             self.flush(reading=record)
+            for number in asked:
+                self._keep_on_host(number)
         if record.value is not None and record.value.role == "undefined":
             return torch.zeros(tensor.size(), dtype=tensor.dtype)
         if record.value is None:
             raise RuntimeError(missing_text(record))
         if record.value.host is not None:
             return _window(record.value.host, tensor).clone()
+        return _window(self._fetched(record), tensor).clone()
+
+    def _fetched(self, record: Record) -> torch.Tensor:
+        """The content of a storage that is on the devices; a small one stays here, too."""
+        assert record.value is not None
         base = self.fetch(record.value.buffer)
         size, stride, dtype = record.base
         host = torch.empty_strided(size, stride, dtype=dtype).copy_(base)
         if host.nbytes <= KEEP_BYTES:
             record.value.host = host
-        return _window(host, tensor).clone()
+        return host
+
+    def _asked_about(self, record: Record) -> list[Record]:
+        """The pending single numbers that a pending yes or no is computed of. Who asks whether a loss is NaN asks next
+        whether it is infinite: that should not end another segment."""
+        call = record.made_by
+        if record.base[2] != torch.bool or call is None or record.base[0]:
+            return []
+        if any(sid == record.sid for sid, _ in self.segment.inputs):
+            return []  # made in an earlier segment, and written to in this one
+        found = [self.segment.alive[spec.sid]() for spec in tensor_specs(call)]
+        return [r for r in found if r is not None and not r.base[0]]
+
+    def _keep_on_host(self, record: Record) -> None:
+        if record.value is not None and record.value.buffer is not None and record.value.host is None:
+            self._fetched(record)
 
 
 def _begins_a_step(args: tuple[Any, ...]) -> bool:

@@ -26,7 +26,8 @@ What a script can still notice:
 * `x.data = y` across devices, and so `Module.cuda()`, exchanges tensors: it fails for a parameter that a weak
   reference points to, or that a live autograd graph or a TorchScript module holds.
 * Random numbers are reproducible for a seed but are not those of a GPU.
-* `torch.compile` knows autocast's switches by identity and does not trace through the replaced ones.
+* `torch.compile` compiles nothing in this process: what it returns runs operator by operator.
+* A process group of "nccl" has one process, DataParallel and DistributedDataParallel call their module.
 """
 
 from __future__ import annotations
@@ -75,7 +76,18 @@ def turn_on() -> bool:
 def _install() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    from moai.device import autocast, factories, generator, serialization, tensors, torch_cuda, torch_device
+    from moai.device import (
+        autocast,
+        compiling,
+        factories,
+        generator,
+        parallel,
+        process_group,
+        serialization,
+        tensors,
+        torch_cuda,
+        torch_device,
+    )
 
     _setup_privateuseone_for_python_backend(torch_device.NAME, torch.cuda, _Hooks())
     torch_device.install()
@@ -85,3 +97,6 @@ def _install() -> None:
     factories.install()
     autocast.rename()
     serialization.install()
+    compiling.install()
+    parallel.install()
+    process_group.install()

@@ -15,7 +15,8 @@ import torch
 from moai.capture import provenance
 from moai.capture.operators import UNANNOTATED_WRITERS, Operator
 from moai.capture.recorder import Recorder
-from moai.device import attention, kernels, random, recurrent
+from moai.device import attention, bags, kernels, random, recurrent
+from moai.device.conjugates import resolving
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def install(recorder: Recorder) -> None:
     library = torch.library.Library("aten", "IMPL")
     _libraries.append(library)
     own = kernels.table(recorder) | random.table(recorder) | recurrent.table()
-    for name, kernel in own.items():
+    for name, kernel in resolving(own.items()):
         library.impl(name, kernel, "PrivateUse1")
     for name in ("empty.memory_format", "empty_strided"):
         library.impl(name, own[name], "CUDA")
@@ -51,11 +52,13 @@ def install(recorder: Recorder) -> None:
         kernel = _factory(recorder, name)
         library.impl(name, kernel, "PrivateUse1")
         library.impl(name, kernel, "CUDA")
-    for name in _recorded_names(set(own) | set(_FACTORIES)):
-        library.impl(name, _recording(recorder, _overload(name)), "PrivateUse1")
-    for name, kernel in recurrent.table().items():
+    recorded = _recorded_names(set(own) | set(_FACTORIES))
+    for name, kernel in resolving((name, _recording(recorder, _overload(name))) for name in recorded):
+        library.impl(name, kernel, "PrivateUse1")
+    for name, kernel in (recurrent.table() | bags.table()).items():
         library.impl(name, kernel, "AutogradPrivateUse1")
     attention.install(recorder, library)
+    bags.install()
     others = torch.library.Library("_", "IMPL")
     _libraries.append(others)
     others.fallback(_refuse, "PrivateUse1")

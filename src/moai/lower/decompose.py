@@ -16,7 +16,7 @@ from moai.graph.placement import Placement
 from moai.graph.rules.dims import Call, argument_names
 from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.nn import MEAN, SUM
-from moai.graph.step_graph import Node, Ref, TensorType, map_args
+from moai.graph.step_graph import Node, Ref, Scalar, TensorType, map_args
 from moai.lower.values import Values
 
 aten = torch.ops.aten
@@ -54,6 +54,8 @@ class Builder:
         return tuple(bound[name] for name in argument_names(self.call.op))
 
     def _meta(self, leaf: Any) -> Any:
+        if isinstance(leaf, Scalar):
+            return 1.0  # any number: types do not depend on it
         if not isinstance(leaf, Ref):
             return leaf
         type_ = self._values.type(leaf.id)

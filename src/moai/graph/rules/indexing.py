@@ -146,6 +146,26 @@ def _scatter_add_into_zeros(call: Call) -> Dims:
     return Dims((plain.inputs[0], added, added), plain.outputs, summed=frozenset({"added"}))
 
 
+def index_fill(call: Call) -> Dims:
+    """index_fill, index_copy: free along the dims that are not indexed."""
+    rank = len(call.outputs[0].shape)
+    at = call["dim"] % max(rank, 1)
+    free = tuple(None if d == at else d for d in range(rank))
+    return Dims(
+        tuple(free if k != 1 and len(t.shape) == rank else (None,) * len(t.shape) for k, t in enumerate(call.inputs)),
+        (free,),
+    )
+
+
+def buckets(call: Call) -> Dims | None:
+    """bucketize, searchsorted among one row of boundaries: every entry is looked up by itself."""
+    first = call.op is aten.searchsorted.Tensor
+    if len(call.inputs) != 2 or len(call.inputs[0 if first else 1].shape) != 1:
+        return None
+    own = tuple(range(len(call.outputs[0].shape)))
+    return Dims(((None,), own) if first else (own, (None,)), (own,))
+
+
 def index_add(call: Call) -> Dims:
     """Split along the dims that are not indexed."""
     whole = _index_add_into_zeros(call)
@@ -171,11 +191,17 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
             aten.scatter.value,
             aten.scatter_add.default,
             aten.scatter_reduce.two,
+            aten.scatter.reduce,
         ),
         gather,
     ),
     aten.index_select.default: index_select,
     aten.index_add.default: index_add,
+    **dict.fromkeys(
+        (aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.index_copy.default),
+        index_fill,
+    ),
+    **dict.fromkeys((aten.bucketize.Tensor, aten.searchsorted.Tensor), buckets),
     **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), index),
     **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), index_put),
     **dict.fromkeys(

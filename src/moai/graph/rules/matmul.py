@@ -79,6 +79,17 @@ def rows(equation: str) -> Rule:
     return rule
 
 
+def batched_matrices(call: Call) -> Dims:
+    """Inverses and factors of matrices [..., n, n]: the dims before are free, in whatever comes of them."""
+    rank = len(call.inputs[0].shape)
+    lead = tuple(range(rank - 2))
+
+    def dims(t: TensorType) -> DimFactors:
+        return (*lead, *(None,) * (len(t.shape) - len(lead)))
+
+    return Dims(tuple(map(dims, call.inputs)), tuple(map(dims, call.outputs)))
+
+
 RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.mm.default: einsum("mk,kn->mn"),
     aten.bmm.default: einsum("bmk,bkn->bmn"),
@@ -92,4 +103,16 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
     aten.addmm.default: plus_product("mk,kn->mn"),
     aten.baddbmm.default: plus_product("bmk,bkn->bmn"),
     aten.addmv.default: plus_product("mk,k->m"),
+    **dict.fromkeys(
+        (
+            aten.linalg_inv_ex.default,
+            aten.linalg_cholesky_ex.default,
+            aten._linalg_svd.default,
+            aten._linalg_eigh.default,
+            aten.linalg_qr.default,
+            aten._linalg_det.default,
+            aten._linalg_slogdet.default,
+        ),
+        batched_matrices,
+    ),
 }

@@ -101,6 +101,21 @@ def by_sample(call: Call) -> Dims:
     return Dims(tuple(map(_batch, call.inputs)), tuple(map(_batch, call.outputs)), sizes=sizes)
 
 
+def rearranged(call: Call) -> Dims | None:
+    """What moves pixels to channels, or back, by its samples."""
+    batched = 3 if call.op is aten.col2im.default else 4
+    return by_sample(call) if len(call.inputs[0].shape) == batched else None
+
+
+def distances(call: Call) -> Dims | None:
+    """cdist of [P, M] and [R, M], and what flows back to the former: over all of the latter."""
+    if any(len(t.shape) != 2 for t in call.inputs):
+        return None
+    if call.op is aten._cdist_forward.default:
+        return Dims((("p", None), ("r", None)), (("p", "r"),))
+    return Dims((("p", "r"), ("p", None), ("r", None), ("p", "r")), (("p", None),), summed=frozenset("r"))
+
+
 def attention(call: Call) -> Dims:
     """Scaled dot-product attention by its leading dims and its heads.
 
@@ -207,6 +222,25 @@ _SAMPLEWISE = (
     aten.upsample_bicubic2d.default, aten.upsample_bicubic2d_backward.default,
     aten.reflection_pad2d.default, aten.reflection_pad2d_backward.default,
     aten.replication_pad2d.default, aten.replication_pad2d_backward.default,
+    aten.reflection_pad1d.default, aten.reflection_pad1d_backward.default,
+    aten.reflection_pad3d.default, aten.reflection_pad3d_backward.default,
+    aten.replication_pad1d.default, aten.replication_pad1d_backward.default,
+    aten.replication_pad3d.default, aten.replication_pad3d_backward.default,
+    aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default, aten.max_unpool2d.default,
+    aten.upsample_linear1d.default, aten.upsample_linear1d_backward.default,
+    aten.upsample_trilinear3d.default, aten.upsample_trilinear3d_backward.default,
+    aten.upsample_nearest3d.default, aten.upsample_nearest3d_backward.default,
+    aten._upsample_nearest_exact2d.default, aten._upsample_nearest_exact2d_backward.default,
+    aten._upsample_bilinear2d_aa.default, aten._upsample_bilinear2d_aa_backward.default,
+    aten._upsample_bicubic2d_aa.default, aten._upsample_bicubic2d_aa_backward.default,
+    aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default,
+    aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default,
+)  # fmt: skip
+
+# Channels and pixels change into each other: without a batch there is nothing that is free.
+_REARRANGED = (
+    aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default,
+    aten.im2col.default, aten.col2im.default,
 )  # fmt: skip
 
 RULES: dict[torch._ops.OpOverload, Rule] = {
@@ -214,6 +248,7 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
         (
             aten._softmax.default,
             aten._log_softmax.default,
+            aten._safe_softmax.default,
             aten._softmax_backward_data.default,
             aten._log_softmax_backward_data.default,
             aten.glu.default,
@@ -242,6 +277,8 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
     ),
     aten.native_batch_norm_backward.default: batch_norm_backward,
     **dict.fromkeys(_SAMPLEWISE, by_sample),
+    **dict.fromkeys(_REARRANGED, rearranged),
+    **dict.fromkeys((aten._cdist_forward.default, aten._cdist_backward.default), distances),
     **dict.fromkeys((moai.sdpa.default, moai.sdpa_backward.default), attention),
     moai.repeat_heads.default: repeat_heads,
     moai.sum_heads.default: sum_heads,

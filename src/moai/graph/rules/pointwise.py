@@ -17,7 +17,8 @@ _UNTAGGED = (
     aten.elu_backward.default, aten.softshrink_backward.default, aten.hardshrink_backward.default,
     aten.hardsigmoid_backward.default, aten.hardswish_backward.default, aten.mish_backward.default,
     aten.log_sigmoid_backward.default, aten.isclose.default, aten._conj.default, aten.real.default,
-    aten.imag.default,
+    aten.imag.default, aten.log_sigmoid_forward.default, aten.hardswish.default, aten._prelu_kernel.default,
+    aten._prelu_kernel_backward.default, aten.polar.default, aten.complex.default,
 )  # fmt: skip
 
 # Losses and their backwards, which take a `reduction`.

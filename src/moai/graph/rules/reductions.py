@@ -50,6 +50,7 @@ _OTHERS = (
     aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
     aten.var.default, aten.var.dim, aten.var.correction, aten.std.default, aten.std.dim, aten.std.correction,
     aten.var_mean.correction, aten.std_mean.correction, aten.median.dim, aten.mode.default,
+    aten.nanmedian.dim, aten.kthvalue.default, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype,
 )  # fmt: skip
 
 RULES: dict[torch._ops.OpOverload, Rule] = {

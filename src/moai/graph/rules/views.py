@@ -265,6 +265,13 @@ def lower_or_upper(call: Call) -> Dims:
     return Dims((free,), (free,))
 
 
+def fourier(call: Call) -> Dims:
+    """Free along the dims that are not transformed."""
+    rank = len(call.inputs[0].shape)
+    free = _without(_own(rank), *call.dims("dim", rank))
+    return Dims((free,), (free,))
+
+
 def complex_pair(call: Call) -> Dims:
     """view_as_real and back: a last dim of size 2 comes or goes."""
     shared = _own(min(len(call.inputs[0].shape), len(call.outputs[0].shape)))
@@ -298,5 +305,6 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
     **dict.fromkeys((aten.flip.default, aten.roll.default), flip),
     aten.constant_pad_nd.default: pad,
     **dict.fromkeys((aten.tril.default, aten.triu.default), lower_or_upper),
+    **dict.fromkeys((aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default), fourier),
     **dict.fromkeys((aten.view_as_real.default, aten.view_as_complex.default), complex_pair),
 }

@@ -1,0 +1,101 @@
+"""Which scripts run unmodified, and with whose numbers?
+
+    python -m tests.compatibility                        # every script, on 1, 2 and 4 devices and under a chosen plan
+    python -m tests.compatibility nanogpt vit --on 2 4   # some of them
+    python -m tests.compatibility --record               # and write docs/compatibility.md
+
+Ends with status 1 if a script fails or its numbers differ from plain PyTorch's by more than its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tests.compatibility.cases import ALL, FP32, HALF, Case
+from tests.compatibility.run import CHOSEN, SETTINGS, difference, plain, run
+
+FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "diffusers", "datasets")
+# What follows the line with this text is written by hand, and kept.
+BY_HAND = "## What does not run, and what to say instead"
+
+HEAD = """# Compatibility
+
+Scripts for one GPU, as people write them, run unmodified; what they print is held against the same script under plain
+PyTorch on the CPU. A cell is the largest relative difference of all printed numbers (losses, norms, accuracies, sums of
+weights), beyond their last printed digit. The scripts are in
+[tests/compatibility/scripts](../tests/compatibility/scripts); the table is made by
+`python -m tests.compatibility --record`. Bounds: {fp32:g} in fp32, {half:g} in 16 bits (amp). **Bold** is beyond its
+bound, or a failure. "chosen" is four devices under the plan that the planner chose.
+
+{provenance}
+
+| script | what it does | 1 | 2 | 4 | chosen |
+|---|---|---|---|---|---|
+"""
+
+
+def cell(case: Case, setting: str) -> tuple[str, bool]:
+    """A table's cell, and whether it is as it should be."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = run(case, setting, Path(folder))
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return "**fails**", False
+    found = difference(done.stdout, plain(case))
+    text = "same" if found == 0 else f"{found:.0e}"
+    return (text, True) if found <= case.bound else (f"**{text}**", False)
+
+
+def row(case: Case, settings: Sequence[str]) -> tuple[str, bool]:
+    if case.missing:
+        cells = [(f"without {case.missing[0]}", True)] * len(settings)
+    else:
+        cells = [cell(case, setting) for setting in settings]
+    return f"| {case.name} | {case.what} | {' | '.join(text for text, _ in cells)} |", all(ok for _, ok in cells)
+
+
+def provenance() -> str:
+    versions = []
+    for name in LIBRARIES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}, CPU workers. {', '.join(versions)}."
+
+
+def record(rows: Sequence[str]) -> None:
+    kept = FILE.read_text().partition(BY_HAND)[2] if FILE.exists() else "\n"
+    head = HEAD.format(fp32=FP32, half=HALF, provenance=provenance())
+    FILE.write_text(head + "\n".join(rows) + f"\n\n{BY_HAND}{kept}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.compatibility", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scripts", nargs="*", choices=[[], *(c.name for c in ALL)], metavar="SCRIPT")
+    parser.add_argument("--on", nargs="+", choices=SETTINGS, default=SETTINGS, help=f"devices, or {CHOSEN}")
+    parser.add_argument("--record", action="store_true", help="write docs/compatibility.md")
+    arguments = parser.parse_args()
+    rows, well = [], True
+    for case in ALL:
+        if not arguments.scripts or case.name in arguments.scripts:
+            line, ok = row(case, arguments.on)
+            rows.append(line)
+            well &= ok
+            print(line, flush=True)
+    if arguments.record:
+        record(rows)
+    sys.exit(0 if well else 1)
+
+
+if __name__ == "__main__":
+    main()
