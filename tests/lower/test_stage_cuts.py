@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moai.lower.stages.cut import balanced, count_layers, following
+from moai.lower.stages.cut import balanced, following, layers_of
 from moai.lower.stages.exchange_check import Event, misfit
 from moai.lower.stages.schedule import BACKWARD, FORWARD, order
 from moai.plan.plan import Schedule
@@ -40,9 +40,27 @@ def test_cuts_follow_states_that_live_on_stages_already() -> None:
     assert following(out_of_place, [1] * 4, 2) == [3]
 
 
-def test_layers_are_counted_by_what_repeats() -> None:
-    assert count_layers(["embed", *("norm", "mm", "gelu", "mm", "add") * 4, "norm", "mm"]) == 4
-    assert count_layers(["conv", "relu", "pool", "mm", "loss"]) is None
+MODEL = ["embed", *("norm", "mm", "gelu", "mm", "add") * 4, "norm", "mm"]
+
+
+def test_layers_are_what_repeats_and_begin_where_least_crosses() -> None:
+    found = layers_of(MODEL, [0, *(2, 3, 4, 4, 3) * 4, 2, 2])
+    assert found is not None and (found.count, found.begins) == (4, (6, 11, 16))
+    assert found.cuts([1, 2, 1]) == [6, 16]
+    assert layers_of(["conv", "relu", "pool", "mm", "loss"], [1] * 5) is None
+
+
+def test_layers_of_two_kinds_are_counted_together() -> None:
+    found = layers_of([*("a", "b", "c") * 4, *("d", "e", "f", "g") * 4], [1] * 28)
+    assert found is not None and (found.count, found.begins) == (8, None)
+
+
+def test_layers_are_dealt_so_that_the_slowest_stage_is_as_fast_as_can_be() -> None:
+    found = layers_of(MODEL, [0, *(2, 3, 4, 4, 3) * 4, 2, 2])
+    assert found is not None
+    assert found.even([0.0, *[1.0] * 20, 1.0, 1.0], 2) == [2, 2]
+    assert found.even([0.0, *[1.0] * 20, 5.0, 5.0], 2) == [3, 1]
+    assert found.even([1.0] * 23, 5) is None
 
 
 # -- schedules

@@ -203,9 +203,31 @@ def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
 # -- what cannot be
 
 
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(PlanError, match="pp=5: there are more stages than layers, of which the model has 4"):
-        stacked_program(4, Plan(pp=5, micro=5))
+@pytest.mark.parametrize(
+    ("n", "plan", "reason", "nearest"),
+    [
+        (4, Plan(pp=5, micro=5), "there are more stages than layers, of which the model has 4", Plan(dp=5, micro=5)),
+        (4, Plan(dp=1, pp=8, micro=8), "there are more stages than layers", Plan(dp=2, pp=4, micro=8)),
+        (4, Plan(pp=2, layers=(2, 3)), "layers=2+3 deals 5 layers, but the model has 4", Plan(pp=2)),
+        (2, Plan(pp=2, dp=2, layers=(1, 1)), "it is not clear what the model's layers are", Plan(pp=2, dp=2)),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_with_the_reason_and_a_plan_that_can(n, plan, reason, nearest) -> None:
+    with pytest.raises(PlanError) as caught:
+        stacked_program(n, plan)
+    assert reason in caught.value.reason
+    assert caught.value.nearest == nearest
+
+
+def test_stages_have_the_layers_that_the_plan_deals_to_them() -> None:
+    program = stacked_program(6, Plan(pp=3, micro=3, layers=(1, 0, 2)))
+    assert [len(stage.inputs) for stage in program.stages] == [2, 3, 2]  # the first one has the batch, too
+
+
+@pytest.mark.parametrize("recompute", ["default", "full"])
+def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
+    program = stacked_program(4, Plan(pp=2, micro=2, recompute=recompute, precision="bf16"))
+    assert len(sends(program)) == len(sends(stacked_program(4, Plan(pp=2, micro=2, precision="bf16"))))
 
 
 def test_fewer_micro_batches_than_stages_are_noted() -> None:

@@ -32,6 +32,9 @@ def obstacle(plan: Plan, n_devices: int) -> str | None:
         return f"shard={plan.shard} needs distribute_param=true: it is how many devices the states are spread over"
     if plan.shard is not None and plan.dp % plan.shard:
         return f"shard={plan.shard} does not divide dp={plan.dp}"
+    if plan.layers is not None and (len(plan.layers) != plan.pp or plan.layers.count(0) > 1):
+        numbers = "+".join(map(str, plan.layers))
+        return f"layers={numbers} must have a number for each of pp={plan.pp} stages, and 0 for one of them at most"
     return None
 
 
@@ -63,6 +66,8 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
     layouts = [(dp, pp) for dp, pp in product(_divisors(n_devices), stages) if n_devices % (dp * pp) == 0]
     for (dp, pp), states, level, n in product(layouts, _STATES, _LEVELS, parts):
         layout = replace(plan, dp=dp, tp=n_devices // (dp * pp), pp=pp)
+        if pp != plan.pp or obstacle(plan, plan.n_devices):
+            layout = replace(layout, layers=None)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)

@@ -24,11 +24,13 @@ from moai.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`code`: of each stage. `inputs`, `outputs`: the stages that have each of the graph's."""
+    """`code`: of each stage. `inputs`, `outputs`: the stages that have each of the graph's. `layers`: how many of them
+    each stage has, where they were cut by it."""
 
     code: list[list[Instruction]]
     inputs: list[tuple[int, ...]]
     outputs: list[tuple[int, ...]]
+    layers: tuple[int, ...] | None
 
 
 def in_stages(
@@ -50,6 +52,7 @@ def in_stages(
         [in_parts(stage, turns, order(plan.schedule, s, plan.pp, plan.micro), values) for s, stage in enumerate(found)],
         [living.get(i.id) or _having(i.id, found, assignment) for i in graph.inputs],
         [(home,) for home in homes],
+        assignment.dealt,
     )
 
 
@@ -67,7 +70,8 @@ def _assigned(
     passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - changed
     states = frozenset(i.id for i in graph.inputs) - data - passing
     while True:
-        step = Step(code, units_of(code), values, phases, data, states, passing, changed, living, plan.pp)
+        units = units_of(code)
+        step = Step(code, units, values, phases, data, states, passing, changed, living, plan.pp, plan.layers)
         assignment = assigned(step)
         late = with_late_sums(code, assignment, values)
         if len(late) == len(code):
