@@ -224,10 +224,19 @@ def test_stages_have_the_layers_that_the_plan_deals_to_them() -> None:
     assert [len(stage.inputs) for stage in program.stages] == [2, 3, 2]  # the first one has the batch, too
 
 
+def normed(params: Tensors, x: torch.Tensor) -> torch.Tensor:
+    for up, down in zip(params[::2], params[1::2], strict=True):
+        x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), up)), down)
+    return x.square().mean()
+
+
 @pytest.mark.parametrize("recompute", ["default", "full"])
 def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
-    program = stacked_program(4, Plan(pp=2, micro=2, recompute=recompute, precision="bf16"))
-    assert len(sends(program)) == len(sends(stacked_program(4, Plan(pp=2, micro=2, precision="bf16"))))
+    graph = trace(trained(normed, 8), layers(8, 64), [torch.randn(16, 32, 64)])
+    kept, again = (
+        lower(graph, Plan(pp=2, micro=2, recompute=r, precision="bf16"), [None] * 9) for r in ("none", recompute)
+    )
+    assert len(sends(again)) == len(sends(kept))
 
 
 def test_fewer_micro_batches_than_stages_are_noted() -> None:

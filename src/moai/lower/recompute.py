@@ -74,8 +74,8 @@ def recomputed(
 
     "none": no change. "full": only what the next layers read is kept. "default": what is expensive to compute is kept,
     and as much of the rest as `budget` bytes have room for (None: none of it); what saves the most bytes for the least
-    work is given up first. A graph without a backward stays as it is. `staged`: layers may be on stages of their own, so
-    that what one gives to the next is kept: else the last one's could be made again from the first one on.
+    work is given up first. A graph without a backward stays as it is. `staged`: layers may be on stages of their own,
+    so that what one gives to the next is kept: else the last one's could be made again from the first one on.
 
     Outputs, what the optimizer reads, and weights in another dtype are made once, in the forward.
     """
