@@ -232,7 +232,8 @@ def normed(params: Tensors, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("recompute", ["default", "full"])
 def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
-    graph = trace(trained(normed, 8), layers(8, 64), [torch.randn(16, 32, 64)])
+    state, x = [w.float() for w in layers(8, 64)], torch.randn(16, 32, 64, dtype=torch.float32)
+    graph = trace(trained(normed, 8), state, [x])
     kept, again = (
         lower(graph, Plan(pp=2, micro=2, recompute=r, precision="bf16"), [None] * 9) for r in ("none", recompute)
     )
