@@ -140,6 +140,8 @@ class Session:
             logger.info(self._chosen.plan.line())
         for note in self._chosen.notes:
             logger.info(note)
+        if self._chosen.warning:
+            logger.warning(self._chosen.warning)
 
     def _admit(self) -> Lease | None:
         """Waits for devices; None, and no waiting for others, where the state folder cannot be used."""

@@ -240,10 +240,14 @@ def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
     assert len(sends(again)) == len(sends(kept))
 
 
-def test_fewer_micro_batches_than_stages_are_noted() -> None:
-    (note,) = stacked_program(4, Plan(pp=4, micro=2)).notes
-    assert note.startswith("There are fewer micro-batches (2) than stages (4)")
-    assert not stacked_program(4, Plan(pp=2, micro=2)).notes
+def test_data_of_various_batch_sizes_are_refused_with_the_reason() -> None:
+    def loss(params: Tensors, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return stacked(params, x * mask)
+
+    graph = trace(trained(loss, 4), layers(4), [torch.randn(16, 4, 8), torch.randn(1, 4, 8)])
+    with pytest.raises(PlanError, match=r"pp=2: the step's data are of various batch sizes \(16, 1\)") as caught:
+        lower(graph, Plan(pp=2, micro=2), [None] * 6)
+    assert caught.value.nearest == Plan(dp=2, micro=2)
 
 
 # -- checks

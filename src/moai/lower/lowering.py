@@ -24,7 +24,7 @@ from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.dropped import with_own_views
 from moai.lower.experts import without_sorts
 from moai.lower.finishing import finished
-from moai.lower.inputs import Arrival, arrivals, global_batch
+from moai.lower.inputs import Arrival, arrivals, batch_sizes, global_batch
 from moai.lower.loops import in_loops
 from moai.lower.moving import without_time
 from moai.lower.peak import peak_bytes
@@ -231,17 +231,19 @@ def _staged(
     values: Values,
 ) -> tuple[Program, tuple[int, ...] | None]:
     """A program for each stage, and how many layers each has."""
+    sizes = batch_sizes(graph)
+    if len(sizes) > 1 and has_backward(graph):
+        reason = (
+            f"pp={plan.pp}: the step's data are of various batch sizes ({', '.join(map(str, sizes))}), so that it is "
+            "not clear what a micro-batch is."
+        )
+        raise PlanError(reason, nearest(replace(plan, layers=None), plan.n_devices, lambda other: other.pp == 1))
     try:
         pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
     except NoCut as error:
         most = error.most
         possible = nearest(replace(plan, layers=None), plan.n_devices, lambda other: other.pp <= most)
         raise PlanError(f"pp={plan.pp}: {error}.", possible) from None
-    notes = list(placer.notes)
-    if plan.micro < plan.pp and has_backward(graph):
-        notes.append(
-            f"There are fewer micro-batches ({plan.micro}) than stages ({plan.pp}): some stages always wait for others."
-        )
     inputs = [
         Slot(i.id, values.types[i.id], replace(values.placement(i.id), stages=stages), k in donated)
         for k, (i, stages) in enumerate(zip(graph.inputs, pipeline.inputs, strict=True))
@@ -262,7 +264,7 @@ def _staged(
         instructions=(),
         peak_bytes=0,
         resident_bytes=max(stage.resident_bytes for stage in stages),
-        notes=tuple(notes),
+        notes=tuple(placer.notes),
         stages=tuple(stages),
     )
     return program, pipeline.layers

@@ -64,13 +64,6 @@ def step_for_two(graph: StepGraph) -> Iterator[Step]:
         yield Step(cache(observe), global_batch(graph, given), tokens(graph), layers(graph), expect)
 
 
-def batch_sizes(graph: StepGraph) -> list[int]:
-    """The lengths of the first dims of the step's data, the most frequent first; those of one sample for all count."""
-    shapes = [graph.types[i.id].shape for i in graph.inputs if i.batch]
-    lengths = [shape[0] for shape in shapes if shape and shape[0]]
-    return sorted(set(lengths), key=lambda length: (-lengths.count(length), -length))
-
-
 def _observing(graph: StepGraph, given: Sequence[Placement | None]) -> Observe:
     find: Observe = lambda plan: observe(graph, plan, given)  # noqa: E731
     return find if graph.trains else lambda plan: _with_states(find(plan))
