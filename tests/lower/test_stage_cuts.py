@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moai.lower.stages.cut import balanced, count_layers
+from moai.lower.stages.cut import balanced, layers_of
 from moai.lower.stages.exchange_check import Event, misfit
 from moai.lower.stages.following import following
 
@@ -44,9 +44,27 @@ def test_states_say_in_how_many_stages_a_device_reads_them() -> None:
     assert following(reads, [1] * 7, 2, 2) == [5]
 
 
-def test_layers_are_counted_by_what_repeats() -> None:
-    assert count_layers(["embed", *("norm", "mm", "gelu", "mm", "add") * 4, "norm", "mm"]) == 4
-    assert count_layers(["conv", "relu", "pool", "mm", "loss"]) is None
+MODEL = ["embed", *("norm", "mm", "gelu", "mm", "add") * 4, "norm", "mm"]
+
+
+def test_layers_are_what_repeats_and_begin_where_least_crosses() -> None:
+    found = layers_of(MODEL, [0, *(2, 3, 4, 4, 3) * 4, 2, 2])
+    assert found is not None and (found.count, found.begins) == (4, (6, 11, 16))
+    assert found.cuts([1, 2, 1]) == [6, 16]
+    assert layers_of(["conv", "relu", "pool", "mm", "loss"], [1] * 5) is None
+
+
+def test_layers_of_two_kinds_are_counted_together() -> None:
+    found = layers_of([*("a", "b", "c") * 4, *("d", "e", "f", "g") * 4], [1] * 28)
+    assert found is not None and (found.count, found.begins) == (8, None)
+
+
+def test_layers_are_dealt_so_that_the_slowest_stage_is_as_fast_as_can_be() -> None:
+    found = layers_of(MODEL, [0, *(2, 3, 4, 4, 3) * 4, 2, 2])
+    assert found is not None
+    assert found.even([0.0, *[1.0] * 20, 1.0, 1.0], 2) == [2, 2]
+    assert found.even([0.0, *[1.0] * 20, 5.0, 5.0], 2) == [3, 1]
+    assert found.even([1.0] * 23, 5) is None
 
 
 # -- messages

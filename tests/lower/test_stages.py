@@ -236,17 +236,57 @@ def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
 # -- what cannot be
 
 
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(PlanError, match="pp=3,chunks=2: there are more stages than layers, of which the model has 4"):
-        stacked_program(4, Plan(pp=3, micro=5, schedule="interleaved"))
-    with pytest.raises(PlanError, match="pp=5: there are more stages than layers, of which the model has 4"):
-        stacked_program(4, Plan(pp=5, micro=5))
+@pytest.mark.parametrize(
+    ("n", "plan", "reason", "nearest"),
+    [
+        (4, Plan(pp=5, micro=5), "there are more stages than layers, of which the model has 4", Plan(dp=5, micro=5)),
+        (
+            4,
+            Plan(pp=3, micro=5, schedule="interleaved"),
+            "pp=3,chunks=2: there are more stages than layers",
+            Plan(dp=3, micro=5),
+        ),
+        (4, Plan(dp=1, pp=8, micro=8), "there are more stages than layers", Plan(dp=2, pp=4, micro=8)),
+        (4, Plan(pp=2, layers=(2, 3)), "layers=2+3 deals 5 layers, but the model has 4", Plan(pp=2)),
+        (2, Plan(pp=2, dp=2, layers=(1, 1)), "it is not clear what the model's layers are", Plan(pp=2, dp=2)),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_with_the_reason_and_a_plan_that_can(n, plan, reason, nearest) -> None:
+    with pytest.raises(PlanError) as caught:
+        stacked_program(n, plan)
+    assert reason in caught.value.reason
+    assert caught.value.nearest == nearest
 
 
-def test_fewer_micro_batches_than_stages_are_noted() -> None:
-    (note,) = stacked_program(4, Plan(pp=4, micro=2)).notes
-    assert note.startswith("There are fewer micro-batches (2) than stages (4)")
-    assert not stacked_program(4, Plan(pp=2, micro=2)).notes
+def test_stages_have_the_layers_that_the_plan_deals_to_them() -> None:
+    program = stacked_program(6, Plan(pp=3, micro=3, layers=(1, 0, 2)))
+    assert [len(stage.inputs) for stage in program.stages] == [2, 3, 2]  # the first one has the batch, too
+
+
+def normed(params: Tensors, x: torch.Tensor) -> torch.Tensor:
+    for up, down in zip(params[::2], params[1::2], strict=True):
+        x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), up)), down)
+    return x.square().mean()
+
+
+@pytest.mark.parametrize("recompute", ["default", "full"])
+def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
+    state, x = [w.float() for w in layers(8, 64)], torch.randn(16, 32, 64, dtype=torch.float32)
+    graph = trace(trained(normed, 8), state, [x])
+    kept, again = (
+        lower(graph, Plan(pp=2, micro=2, recompute=r, precision="bf16"), [None] * 9) for r in ("none", recompute)
+    )
+    assert len(sends(again)) == len(sends(kept))
+
+
+def test_data_of_various_batch_sizes_are_refused_with_the_reason() -> None:
+    def loss(params: Tensors, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return stacked(params, x * mask)
+
+    graph = trace(trained(loss, 4), layers(4), [torch.randn(16, 4, 8), torch.randn(1, 4, 8)])
+    with pytest.raises(PlanError, match=r"pp=2: the step's data are of various batch sizes \(16, 1\)") as caught:
+        lower(graph, Plan(pp=2, micro=2), [None] * 6)
+    assert caught.value.nearest == Plan(dp=2, micro=2)
 
 
 # -- checks

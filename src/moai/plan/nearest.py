@@ -36,6 +36,9 @@ def obstacle(plan: Plan, n_devices: int) -> str | None:
         return "schedule=interleaved needs stages (pp=2 or more)"
     if plan.schedule == "interleaved" and plan.chunks == 1:
         return "chunks must be 2 or more: with one stage a device, it is schedule=1f1b"
+    if plan.layers is not None and (len(plan.layers) != plan.n_stages or plan.layers.count(0) > 1):
+        numbers = "+".join(map(str, plan.layers))
+        return f"layers={numbers} must have a number for each of {plan.n_stages} stages, and 0 for one of them at most"
     return None
 
 
@@ -72,6 +75,8 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
         else:
             schedule: Schedule = "1f1b" if plan.schedule == "interleaved" else plan.schedule
             layout = replace(layout, schedule=schedule, chunks=Plan().chunks)
+        if pp != plan.pp or obstacle(plan, plan.n_devices):
+            layout = replace(layout, layers=None)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)

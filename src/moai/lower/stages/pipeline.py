@@ -24,11 +24,13 @@ from moai.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`code`: of each device along "pp". `inputs`, `outputs`: the devices that have each of the graph's."""
+    """`code`: of each device along "pp". `inputs`, `outputs`: the devices that have each of the graph's. `layers`: how
+    many of them each stage has, where the cuts are between layers."""
 
     code: list[list[Instruction]]
     inputs: list[tuple[int, ...]]
     outputs: list[tuple[int, ...]]
+    layers: tuple[int, ...] | None
 
 
 def in_stages(
@@ -53,6 +55,7 @@ def in_stages(
         [in_parts(own, turns, each, apart, values) for own, each in zip(found, orders, strict=True)],
         [living.get(i.id) or _having(i.id, found, step, assignment) for i in graph.inputs],
         [(home,) for home in homes],
+        assignment.dealt,
     )
 
 
@@ -70,9 +73,9 @@ def _assigned(
     passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - changed
     states = frozenset(i.id for i in graph.inputs) - data - passing
     while True:
-        step = Step(
-            code, units_of(code), values, phases, data, states, passing, changed, living, plan.n_stages, plan.pp
-        )
+        units = units_of(code)
+        stages = plan.n_stages
+        step = Step(code, units, values, phases, data, states, passing, changed, living, stages, plan.pp, plan.layers)
         assignment = assigned(step)
         late = with_late_sums(code, assignment, values)
         if len(late) == len(code):
