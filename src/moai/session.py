@@ -269,6 +269,8 @@ class Session:
             planner = Planner(self.flavor, self._chosen.allowed, self._chosen.plan.precision)
             planned = planner.choose(graph, given, taken())
             self._replanned = bool(self._graphs)
+            for programs in self._programs.values():
+                programs.clear()  # they are of the plan until now
             self._chosen = ChosenPlan(planned.plan, f'The plan "{planned.plan}", which was chosen', True)
             if self._lease is not None:
                 _note_plan(self._lease, planned.plan)
