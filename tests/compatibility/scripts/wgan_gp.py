@@ -51,7 +51,7 @@ if cuda:
     generator.cuda()
     discriminator.cuda()
 optimizer_G = torch.optim.Adam(generator.parameters(), lr=0.0002, betas=(0.5, 0.999))
-optimizer_D = torch.optim.Adam(discriminator.parameters(), lr=0.0002, betas=(0.5, 0.999))
+optimizer_D = torch.optim.SGD(discriminator.parameters(), lr=0.01)
 Tensor = torch.cuda.FloatTensor if cuda else torch.FloatTensor
 
 
