@@ -66,7 +66,11 @@ while run[0] <= 30:
         loss.backward(retain_graph=True)
         run[0] += 1
         if run[0] % 10 == 0:
-            print("run {}: Style Loss : {:6f} Content Loss: {:6f}".format(run[0], style_score.item(), content_score.item()))
+            print(
+                "run {}: Style Loss : {:6f} Content Loss: {:6f}".format(
+                    run[0], style_score.item(), content_score.item()
+                )
+            )
         return style_score + content_score
 
     optimizer.step(closure)

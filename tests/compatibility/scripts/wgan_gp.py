@@ -61,8 +61,12 @@ def compute_gradient_penalty(D, real_samples, fake_samples):
     d_interpolates = D(interpolates)
     fake = Variable(Tensor(real_samples.shape[0], 1).fill_(1.0), requires_grad=False)
     gradients = autograd.grad(
-        outputs=d_interpolates, inputs=interpolates, grad_outputs=fake,
-        create_graph=True, retain_graph=True, only_inputs=True,
+        outputs=d_interpolates,
+        inputs=interpolates,
+        grad_outputs=fake,
+        create_graph=True,
+        retain_graph=True,
+        only_inputs=True,
     )[0]
     gradients = gradients.view(gradients.size(0), -1)
     return ((gradients.norm(2, dim=1) - 1) ** 2).mean()
