@@ -42,7 +42,7 @@ from moai.platform.progress import Waiting
 from moai.platform.speed import Speedometer
 from moai.platform.telemetry import Publisher
 from moai.runtime.accelerator import Accelerator
-from moai.runtime.buffers import Buffer
+from moai.runtime.buffers import Buffer, in_space
 from moai.runtime.messages import Pulse
 
 logger = logging.getLogger("moai")
@@ -100,6 +100,7 @@ class Session:
         self._first_run = False
         self._graphs: list[StepGraph] = []  # keeps the ids used above from being given again
         self._noted: set[str] = set()
+        self._replanned = False
         self._pid = os.getpid()
         register_optimizer_step_pre_hook(self._optimizer_step_begins)
         register_optimizer_step_post_hook(self._optimizer_step_ends)
@@ -224,6 +225,7 @@ class Session:
 
     def _execute(self, segment: Segment) -> list[Buffer]:
         accelerator = self.acquire()
+        self._bring_home(segment)
         given = tuple(None if v.buffer is None else v.buffer.placement for v in segment.inputs)
         program = self._program(segment.graph, given, lambda: max(self._other_bytes(segment)))
         self._check_memory(program, segment)
@@ -232,6 +234,20 @@ class Session:
         if segment.graph.trains:
             self._speed.step(tokens(segment.graph))
         return outputs
+
+    def _bring_home(self, segment: Segment) -> None:
+        """What ran before the plan was chosen (an evaluation, say) has left values as another plan has them: they come
+        back to the host, and the chosen plan places them."""
+        plans_now = self._chosen.allowed is not None and has_backward(segment.graph)
+        if not plans_now and not self._replanned:
+            return
+        mesh = in_space(self._chosen.plan.mesh)
+        for value in segment.inputs:
+            buffer = value.buffer
+            if buffer is not None and (plans_now or buffer.mesh != mesh):
+                if value.host is None:
+                    value.host = self.acquire().read(buffer)
+                value.buffer = None
 
     def _program(self, graph: StepGraph, given: Given, taken: Callable[[], int]) -> Program:
         """`taken`: bytes of a device that hold other things than the graph's inputs."""
@@ -254,6 +270,9 @@ class Session:
         if self._chosen.allowed is not None and has_backward(graph):
             planner = Planner(self.flavor, self._chosen.allowed, self._chosen.plan.precision)
             planned = planner.choose(graph, given, taken())
+            self._replanned = bool(self._graphs)
+            for programs in self._programs.values():
+                programs.clear()  # they are of the plan until now
             self._chosen = ChosenPlan(planned.plan, f'The plan "{planned.plan}", which was chosen', True)
             if self._lease is not None:
                 _note_plan(self._lease, planned.line)

@@ -32,12 +32,10 @@ PyTorch on the CPU. A cell is the largest relative difference of all printed num
 weights), beyond their last printed digit. The scripts are in
 [tests/compatibility/scripts](../tests/compatibility/scripts); the table is made by
 `python -m tests.compatibility --record`. Bounds: {fp32:g} in fp32, {half:g} in 16 bits (amp). **Bold** is beyond its
-bound, or a failure. "chosen" is four devices under the plan that the planner chose.
+bound, or a failure. A column is a number of devices; "chosen" is four under the plan that the planner chose.
 
 {provenance}
 
-| script | what it does | 1 | 2 | 4 | chosen |
-|---|---|---|---|---|---|
 """
 
 
@@ -71,10 +69,11 @@ def provenance() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%d}, CPU workers. {', '.join(versions)}."
 
 
-def record(rows: Sequence[str]) -> None:
+def record(rows: Sequence[str], settings: Sequence[str]) -> None:
+    titles = f"| script | what it does | {' | '.join(settings)} |\n|{'---|' * (len(settings) + 2)}\n"
     kept = FILE.read_text().partition(BY_HAND)[2] if FILE.exists() else "\n"
     head = HEAD.format(fp32=FP32, half=HALF, provenance=provenance())
-    FILE.write_text(head + "\n".join(rows) + f"\n\n{BY_HAND}{kept}")
+    FILE.write_text(head + titles + "\n".join(rows) + f"\n\n{BY_HAND}{kept}")
 
 
 def main() -> None:
@@ -93,7 +92,7 @@ def main() -> None:
             well &= ok
             print(line, flush=True)
     if arguments.record:
-        record(rows)
+        record(rows, arguments.on)
     sys.exit(0 if well else 1)
 
 

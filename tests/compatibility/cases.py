@@ -44,6 +44,8 @@ ALL = (
     Case("vit"),
     Case("gan", draws=True),
     Case("vae", draws=True),
+    Case("wgan_gp"),
+    Case("style_transfer"),
     Case("lstm_lm"),
     Case("nanogpt"),
     Case("seq2seq_transformer"),

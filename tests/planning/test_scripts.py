@@ -29,6 +29,34 @@ from moai.plan.space import Allowed
 by = Allowed.by
 Allowed.by = staticmethod(lambda options: dataclasses.replace(by(options), pp=2))
 """ + TRAIN.replace("range(3)", "range(4)")
+EVALUATED_FIRST = """
+import sys, torch
+from moai.lower import lower_cached
+from moai.plan.plan import Plan
+from moai.planning.planner import Planned
+
+class TensorParallel:
+    def __init__(self, *args): pass
+    def choose(self, graph, given, taken):
+        return Planned(Plan(tp=2), lower_cached(graph, Plan(tp=2), given))
+
+if sys.argv[1] == "cuda":
+    torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
+    import moai.session
+    moai.session.Planner = TensorParallel
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).double().to(sys.argv[1])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+x, y = (torch.randn(8, 64, dtype=torch.float64).to(sys.argv[1]) for _ in range(2))
+with torch.no_grad():
+    seen = model(x)
+    print(seen.sum().item())
+for _ in range(2):
+    loss = torch.nn.functional.mse_loss(model(x), y)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(loss.item())
+print((model(x) - seen).detach().abs().sum().item())
+"""
 DUMP = "advanced_parallelization_selected_config.dump"
 CONFIG = r"No PP, (No TP|tp : \d+), dp : \d+, num_micro_batches : \d+, recomputation : \w+\(\d\), distribute_param .*"
 # As the original's log has them (its section on advanced parallelization), but for those of the accelerator's start.
@@ -53,9 +81,9 @@ LINES = (
 @pytest.fixture
 def run(tmp_path):
     """Runs the script with these options and variables; the accelerator has two devices."""
-    (tmp_path / "train.py").write_text(TRAIN)
 
-    def run(options=None, device="cuda", **variables):
+    def run(options=None, device="cuda", script=TRAIN, **variables):
+        (tmp_path / "train.py").write_text(script)
         env = {**os.environ, "MOAI_CUDA": "1", "MOAI_DEVICES": "2", "OMP_NUM_THREADS": "1", **variables}
         env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MOAI_PROGRAM_CACHE": "1", "MOAI_VALIDATE": "0"}
         command = [sys.executable, "train.py", device, repr(options or {})]
@@ -92,6 +120,11 @@ def test_the_numbers_are_those_of_one_device_and_the_log_is_the_originals(run, t
     assert int(re.search(r"(\d+) \[ms\]", found)[1]) < 100
     assert not any("Parallel Graph Compile" in line for line in said(again))
     assert config(again) == config(done)
+
+
+def test_what_was_evaluated_before_the_plan_was_chosen_is_placed_anew(run):
+    plain = losses(run(device="cpu", script=EVALUATED_FIRST, MOAI_CUDA="0"))
+    assert losses(run(script=EVALUATED_FIRST)) == pytest.approx(plain, rel=1e-10)
 
 
 def test_options_restrict_what_is_chosen(run):

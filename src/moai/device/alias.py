@@ -16,7 +16,7 @@ What a script can still notice:
   `temperature`) are absent, and `torch.backends.cudnn.is_available()` is False.
 * Messages written by C++ say "moai:0", e.g. "found at least two devices, moai:0 and cpu".
   `torch.utils.rename_privateuse1_backend` cannot take the name "cuda".
-* The classes `torch.cuda.FloatTensor` and so on cannot be called, and no tensor is an instance of them.
+* A sparse tensor that is moved to the accelerator becomes a dense one.
 * `pin_memory` is accepted everywhere and pins nothing; `Tensor.is_pinned()` is always False.
 * `torch.zeros` and the other factories are Python functions. A `TorchFunctionMode` gets the built-in ones, so
   `func is torch.zeros` is False there.
@@ -81,6 +81,8 @@ def _install() -> None:
         compiling,
         factories,
         generator,
+        legacy_types,
+        modules,
         parallel,
         process_group,
         serialization,
@@ -95,6 +97,8 @@ def _install() -> None:
     torch_cuda.install()
     tensors.install()
     factories.install()
+    legacy_types.install()
+    modules.install()
     autocast.rename()
     serialization.install()
     compiling.install()

@@ -62,6 +62,8 @@ def install(recorder: Recorder) -> None:
     others = torch.library.Library("_", "IMPL")
     _libraries.append(others)
     others.fallback(_refuse, "PrivateUse1")
+    for layout in ("SparsePrivateUse1", "SparseCsrPrivateUse1", "NestedTensorPrivateUse1"):
+        others.fallback(_refuse_layout, layout)
 
 
 def _refuse(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +71,13 @@ def _refuse(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(
         f"The accelerator's devices have no kernel for {op}{provenance.in_script()}. Write it with torch's operators, "
         "or run it on the CPU: move its tensors there with .cpu(), and the result back with .to('cuda')."
+    )
+
+
+def _refuse_layout(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        f"The accelerator has no sparse or nested tensors, and {op} would make or use one{provenance.in_script()}. Use "
+        "dense ones: tensor.to_dense(), nn.Embedding(sparse=False), padding with a mask."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moai.capture import provenance
 from moai.device import torch_device
 
 Function = Callable[..., Any]
@@ -29,6 +30,7 @@ def install() -> None:
         "is_cuda": property(_is_cuda),
         "pin_memory": _pin_memory,
         "is_pinned": _is_pinned,
+        "record_stream": _record_stream(tensor.record_stream),
         "data": _data(),
         "__deepcopy__": _deepcopy(tensor.__deepcopy__),
     }
@@ -52,9 +54,17 @@ def _device_first(to: Function) -> Function:
             args = (named(args[0]), *args[1:])
         elif "device" in kwargs:
             kwargs["device"] = named(kwargs["device"])
+        if self.layout is not torch.strided:
+            self = _dense(self, args[0] if args else kwargs.get("device"))
         return to(self, *args, **kwargs)
 
     return call
+
+
+def _dense(tensor: torch.Tensor, target: Any) -> torch.Tensor:
+    """A sparse tensor that goes to the accelerator, which has none, becomes a dense one: the same numbers."""
+    moves = isinstance(target, torch.device) and target.type == "cuda" and not tensor.is_nested
+    return tensor.to_dense() if moves else tensor
 
 
 def _parse_to(parse: Function) -> Function:
@@ -84,6 +94,7 @@ def _cuda(to: Function) -> Function:
         target = accelerator if device is None else torch.device(device)
         if target.type != "cuda":
             raise ValueError(f"Invalid device, must be cuda device: {target}")
+        self = self if self.layout is torch.strided else _dense(self, target)
         return to(self, target, non_blocking=non_blocking, memory_format=memory_format)
 
     return cuda
@@ -110,6 +121,16 @@ def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 def _is_pinned(self: torch.Tensor, device: Any = None) -> bool:
     return False
+
+
+def _record_stream(record_stream: Function) -> Function:
+    @functools.wraps(record_stream)
+    def call(self: torch.Tensor, stream: Any) -> None:
+        """Nothing: the script's streams are one sequence of work, in which no memory is given away too early."""
+        if not self.is_cuda:
+            record_stream(self, stream)
+
+    return call
 
 
 def _crosses(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -154,7 +175,14 @@ def _become(tensor: torch.Tensor, new: torch.Tensor) -> None:
         tensor.grad = None  # C++ exchanges tensors that nothing else refers to
     attributes = tensor.__dict__
     hooks, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    torch.utils.swap_tensors(tensor, replacement)
+    try:
+        torch.utils.swap_tensors(tensor, replacement)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"A tensor of shape {tuple(tensor.shape)} cannot be moved to {new.device.type}{provenance.in_script()}: an "
+            "autograd graph that is still alive, a weak reference or a TorchScript module holds it. Move the module "
+            "before it is used, or scripted (torch.jit.script)."
+        ) from error
     tensor.__dict__.update(attributes)
     if hooks:
         tensor._backward_hooks = hooks

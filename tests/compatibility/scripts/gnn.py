@@ -1,4 +1,4 @@
-"""Graph networks by index_add and scatter: GCN with a sparse adjacency, GAT by scatter softmax, masked node losses."""
+"""Graph networks by index_add and scatter: GCN with a dense adjacency, GAT by scatter softmax, masked node losses."""
 
 import torch
 import torch.nn as nn
