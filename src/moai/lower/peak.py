@@ -325,8 +325,8 @@ class _Ledger(Pieces):
 
     def _receive(self, instruction: Instruction) -> None:
         shapes, dtype = instruction.args[2:]
-        self._joined(instruction.outs, shapes, dtype)
         self._wait_for_messages(self._index)
+        self._joined(instruction.outs, shapes, dtype)
 
     def _received(self, instruction: Instruction) -> int:
         shapes, dtype = instruction.args[2:]
@@ -334,6 +334,7 @@ class _Ledger(Pieces):
 
     def _wait_for_messages(self, index: int) -> None:
         """Hold what is received ahead at this place."""
+        self._let_go((_AHEAD,))
         self._hold(_AHEAD, Piece(self._waiting.at(index, self._pass)))
 
     def _messages_gone(self) -> None:
