@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 
 SHARDED = {"distribute_param": True}
 LOW = {"distribute_param": True, "distribute_low_prec_param": True}
-PLANS = (
+PLANS: tuple[Any, ...] = (
     Plan(pp=2),
     Plan(pp=2, micro=2),
     Plan(pp=2, micro=4, schedule="gpipe"),
@@ -43,7 +43,7 @@ PLANS = (
     Plan(pp=2, micro=4, schedule="zero_bubble"),
     Plan(pp=2, micro=3, dp=2, schedule="zero_bubble", recompute="full", **LOW),
     Plan(pp=2, micro=4, schedule="interleaved"),
-    Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"),
+    pytest.param(Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"), marks=pytest.mark.slow),
     Plan(pp=2, dp=2, micro=3),
     Plan(pp=2, tp=2, micro=2),
     Plan(pp=2, dp=2, micro=2, **SHARDED),
