@@ -62,9 +62,9 @@ MODELS = {
 }
 
 
-def figures_of(steps: Steps, stages: int) -> list[dict[str, Any]]:
-    """The figures of the module docstring of one model, by plan."""
-    counts = [stages * times for times in TIMES if stages * times <= steps.script.batch]
+def figures_of(steps: Steps, stages: int, quick: bool) -> list[dict[str, Any]]:
+    """The figures of the module docstring of one model, by plan: two of them if it is to be `quick`."""
+    counts = [stages * times for times in TIMES[: 2 if quick else None] if stages * times <= steps.script.batch]
     alone = _alone(steps, counts)
     devices = pool.take(stages)
     cluster = clusters.of_devices(devices)
@@ -76,7 +76,7 @@ def figures_of(steps: Steps, stages: int) -> list[dict[str, Any]]:
         predictions = Predictions(steps, cluster)
         found: dict[Plan, Prediction] = {}
         for micro in counts:
-            for schedule in SCHEDULES:
+            for schedule in SCHEDULES[: 1 if quick else None]:
                 plan = Plan(pp=stages, micro=micro, schedule=schedule)
                 its = predictions.prediction(plan, timings)
                 found[replace(plan, layers=tuple(stage.layers for stage in its.stages))] = its
@@ -155,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="append them to benchmarks/RESULTS.md")
     parser.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)}")
     parser.add_argument("--stages", default="2,4", help="numbers of stages, with commas between")
+    parser.add_argument("--quick", action="store_true", help="two plans of each")
     options = parser.parse_args(arguments)
     names = options.models.split(",")
     if not set(names) <= set(MODELS):
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps = recorder.steps(MODELS[name])
             for n in counts:
                 print(f"{name}, {n}", file=sys.stderr, flush=True)
-                found[f"{name}, {n}"] = figures_of(steps, n)
+                found[f"{name}, {n}"] = figures_of(steps, n, options.quick)
     others = neighbours.share()
     text = f"{table(found)} Other programs took {others:.0%} of the machine's time."
     print(text)
