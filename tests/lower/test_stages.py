@@ -247,6 +247,7 @@ def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
             Plan(dp=3, micro=5),
         ),
         (4, Plan(dp=1, pp=8, micro=8), "there are more stages than layers", Plan(dp=2, pp=4, micro=8)),
+        (2, Plan(pp=16, micro=16), "the model has too few operators", Plan(dp=2, pp=8, micro=16)),
         (4, Plan(pp=2, layers=(2, 3)), "layers=2+3 deals 5 layers, but the model has 4", Plan(pp=2)),
         (2, Plan(pp=2, dp=2, layers=(1, 1)), "it is not clear what the model's layers are", Plan(pp=2, dp=2)),
     ],
