@@ -92,14 +92,10 @@ class Distributed:
 
     def __init__(self, device: torch.device, rank: int, size: int, store: dist.Store) -> None:
         """Meets the `size - 1` other devices at `store`; blocks until all are there."""
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl",
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
-            device_id=None if device.type == "cpu" else device,
-        )
+        # Not with `device_id`: NCCL would split the communicators of later groups from this one's, which every device has
+        # to take part in, and the two devices that a pair of stages has meet alone.
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         self._rank = rank
         self._cores = _cores()
         assert dist.group.WORLD is not None
