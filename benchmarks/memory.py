@@ -40,6 +40,9 @@ PLANS = (
     "dp=1,recompute=full",
     "dp=1,precision=bf16",
     "dp=3,precision=bf16",
+    "dp=1,pp=2,micro=8",
+    "dp=1,pp=2,micro=8,schedule=zero_bubble",
+    "dp=1,pp=2,micro=8,schedule=interleaved",
     "dp=2,tp=2,micro=2,recompute=full,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
 )
 # How far a prediction may be from what is counted.
@@ -119,7 +122,7 @@ def measure(plans: Sequence[str], models: Sequence[str], batch: int, sequence: i
 
 
 def _environment(plan: str, folder: Path) -> dict[str, str]:
-    devices = math.prod(int(size) for size in re.findall(r"\b(?:dp|tp)=(\d+)", plan))
+    devices = math.prod(int(size) for size in re.findall(r"\b(?:dp|tp|pp)=(\d+)", plan))
     chosen = {name: value for name, value in os.environ.items() if not name.startswith(("MOAI_", "MOREH_"))}
     return {
         **chosen,

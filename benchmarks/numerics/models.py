@@ -18,7 +18,6 @@ IGNORED = -100  # the label that a loss does not count
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
@@ -30,13 +29,14 @@ Optimizer = Literal["foreach", "fused", "sgd"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`make`: the model on the CPU. `own_loss`: the script works the loss out of the logits, in their precision.
+    """`make`: the model, of so many layers, on the CPU. `own_loss`: the script works the loss out of the logits, in
+    their precision.
 
     `stays_fp64`: in fp64, nothing of it drops to fp32. `takes_fp64`: it runs in fp64 at all. `draws`: it has dropout,
     whose numbers are the accelerator's own. `padding`: at which side of samples.
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     vocabulary: int = 96
     padding: Padding = "both"
     optimizer: Optimizer = "foreach"
@@ -58,13 +58,13 @@ class Model:
         return F.cross_entropy(logits.to(precision), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def _hugging_face(config: str, experts: str | None = None, **settings: Any) -> Callable[[], nn.Module]:
+def _hugging_face(config: str, experts: str | None = None, **settings: Any) -> Callable[[int], nn.Module]:
     """A model of transformers; `experts` is its implementation of them."""
 
-    def make() -> nn.Module:
+    def make(layers: int) -> nn.Module:
         import transformers
 
-        made = getattr(transformers, config)(**settings)
+        made = getattr(transformers, config)(**settings, num_hidden_layers=layers)
         made._experts_implementation = experts
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(made)
         return model
@@ -80,7 +80,7 @@ class _Output:
 class _PlainLlama(nn.Module):
     """A Llama in one precision throughout: RMS norms, rotary positions, shared key/value heads, SwiGLU."""
 
-    def __init__(self, dropout: float = 0.0, hidden: int = 32, layers: int = 2, vocabulary: int = 96) -> None:
+    def __init__(self, layers: int, dropout: float = 0.0, hidden: int = 32, vocabulary: int = 96) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, hidden)
         self.layers = nn.ModuleList(_Layer(hidden, dropout) for _ in range(layers))
@@ -134,7 +134,7 @@ def _rotated(x: torch.Tensor) -> torch.Tensor:
 
 MODELS = {
     "plain": Model(_PlainLlama, own_loss=True, stays_fp64=True),
-    "dropout": Model(lambda: _PlainLlama(0.2), own_loss=True, stays_fp64=True, draws=True),
+    "dropout": Model(lambda layers: _PlainLlama(layers, 0.2), own_loss=True, stays_fp64=True, draws=True),
     "llama": Model(_hugging_face("LlamaConfig", **_LLAMA), optimizer="fused"),
     "llama-tied": Model(
         _hugging_face("LlamaConfig", **_LLAMA | {"num_key_value_heads": 1}, tie_word_embeddings=True), padding="none"
@@ -151,7 +151,7 @@ MODELS = {
     "gpt2": Model(
         _hugging_face(
             "GPT2Config",
-            n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+            n_embd=32, n_head=4, n_positions=64, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         ),
         vocabulary=97, optimizer="sgd", own_loss=True, stays_fp64=True,
     ),

@@ -67,6 +67,11 @@ class Point:
         return self.dp * self.tp * self.pp
 
     @property
+    def layers(self) -> int:
+        """Of the models: one for each stage at least."""
+        return max(2, self.pp * (2 if self.schedule == "interleaved" else 1))
+
+    @property
     def batch(self) -> int:
         """Samples of a step: a number that the parts of the batch do not divide, with one at least for each."""
         return 7 if self.dp * self.micro < 7 else 17
@@ -120,7 +125,13 @@ KINDS = tuple(
         "pp=2,micro=4,schedule=gpipe,precision=fp64",
         "tp=2,pp=2,micro=4,recompute=default,precision=fp64",
         "dp=2,pp=2,micro=4,distribute_param=true,precision=fp64",
+        "pp=4,micro=4,precision=fp64",
+        "pp=2,micro=4,schedule=zero_bubble,precision=fp64",
+        "pp=2,micro=4,schedule=interleaved,precision=fp64",
+        "tp=2,pp=2,micro=4,recompute=full,schedule=interleaved,precision=fp64",
+        "dp=2,pp=2,micro=3,recompute=full,distribute_param=true,schedule=zero_bubble,precision=fp64",
         "dp=2,pp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
+        "dp=2,pp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,schedule=zero_bubble,precision=bf16",
         "dp=2,precision=fp32",
         "dp=2,precision=bf16",
         "dp=2,tp=2,distribute_param=true,distribute_low_prec_param=true,precision=bf16",

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,7 @@ def applies(model: str, point: Point) -> bool:
 
 def case_of(model: str, point: Point, steps: int) -> Case:
     """The case that a point makes of a model."""
-    return Case(model, point.precision, point.batch, steps)
+    return Case(model, point.precision, point.batch, steps, point.layers)
 
 
 def computes_in(case: Case) -> str:
@@ -79,7 +79,7 @@ class Runner:
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Work out the references of `cases`, and of their fp32 twins where they compute in bf16."""
-        twins = [Case(c.model, "fp32", c.batch, c.steps) for c in cases if c.precision == "bf16"]
+        twins = [replace(c, precision="fp32") for c in cases if c.precision == "bf16"]
         wanted = sorted({*cases, *twins} - self._references.keys(), key=str)
         plain = [c for c in wanted if not MODELS[c.model].draws]
         self._references |= self._processes("reference", "cpu", plain, {"MOAI_CUDA": "0"})
@@ -140,7 +140,7 @@ def compare(runner: Runner, point: Point, model: str, result: Training | str, st
         return Row(point, model, "refused" if refused else "failed", reason=result.removeprefix("PlanError: "))
     expected = runner.reference(case)
     if case.precision == "bf16":
-        exact = runner.reference(Case(model, "fp32", case.batch, steps))
+        exact = runner.reference(replace(case, precision="fp32"))
         if max(differences(result, exact)) <= TOLERANCE["fp32"]:
             return Row(point, model, "failed", reason="the numbers are those of fp32: nothing was computed in bf16.")
         found = distances(result, expected, exact)

@@ -28,20 +28,22 @@ MAX_NORM = 0.5  # less than most norms here: steps are clipped
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`precision`: fp64 and fp32 are what the model is in; bf16 is a model in fp32 whose products are in bf16."""
+    """`layers`: of the model. `precision`: fp64 and fp32 are what the model is in; bf16 is a model in fp32 whose
+    products are in bf16."""
 
     model: str
     precision: str
     batch: int
     steps: int
+    layers: int = 2
 
     def __str__(self) -> str:
-        return f"{self.model},{self.precision},{self.batch},{self.steps}"
+        return f"{self.model},{self.precision},{self.batch},{self.steps},{self.layers}"
 
     @staticmethod
     def parse(text: str) -> Case:
-        model, precision, batch, steps = text.split(",")
-        return Case(model, precision, int(batch), int(steps))
+        model, precision, *numbers = text.split(",")
+        return Case(model, precision, *map(int, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def train(case: Case, device: str) -> Training:
     """Train on `device`. Plain PyTorch computes bf16 cases under autocast; the accelerator's plan does it by itself."""
     torch.manual_seed(0)
     chosen = MODELS[case.model]
-    model = chosen.make().to(torch.float64 if case.precision == "fp64" else torch.float32).to(device).train()
+    model = chosen.make(case.layers).to(torch.float64 if case.precision == "fp64" else torch.float32).to(device).train()
     optim = optimizer(chosen.optimizer, model)
     autocast = device == "cpu" and case.precision == "bf16"
     losses, norms = [], []

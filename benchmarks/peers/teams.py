@@ -76,7 +76,7 @@ class Team:
         told = VARIANTS[self.name].plan
         if told is not None:
             runs = jobs.history({"XDG_STATE_HOME": str(self.folder)})[-1].plan
-            if runs != parse(told, N_DEVICES).line:
+            if runs != parse(told, N_DEVICES).line():
                 raise RuntimeError(f"it was told to run {told}, and runs {runs}")
 
     def fail(self, error: Exception) -> None:

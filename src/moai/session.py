@@ -72,9 +72,9 @@ def _end_job(lease: Lease, peak_bytes: int, tokens_per_s: float | None) -> None:
         logger.warning("The end of job %d could not be noted: %s", lease.job_id, error)
 
 
-def _note_plan(lease: Lease, plan: Plan) -> None:
+def _note_plan(lease: Lease, line: str) -> None:
     try:
-        jobs.planned(lease.job_id, plan.line)
+        jobs.planned(lease.job_id, line)
     except StateError as error:
         logger.warning("The plan of job %d could not be noted: %s", lease.job_id, error)
 
@@ -139,14 +139,16 @@ class Session:
     def _report_plan(self) -> None:
         if self._chosen.asked_for:
             logger.info("Configuration for parallelism is selected.")
-            logger.info(self._chosen.plan.line)
+            logger.info(self._chosen.plan.line())
         for note in self._chosen.notes:
             logger.info(note)
+        if self._chosen.warning:
+            logger.warning(self._chosen.warning)
 
     def _admit(self) -> Lease | None:
         """Waits for devices; None, and no waiting for others, where the state folder cannot be used."""
         try:
-            lease = admission.acquire(self._choice, plan=self._chosen.plan.line)
+            lease = admission.acquire(self._choice, plan=self._chosen.plan.line())
         except StateError as error:  # bookkeeping must not stop a training run
             logger.warning("No job ID: %s", error)
             return None
@@ -273,7 +275,7 @@ class Session:
                 programs.clear()  # they are of the plan until now
             self._chosen = ChosenPlan(planned.plan, f'The plan "{planned.plan}", which was chosen', True)
             if self._lease is not None:
-                _note_plan(self._lease, planned.plan)
+                _note_plan(self._lease, planned.line)
             return planned.program
         with Waiting(f"Preparing a graph of {len(graph.nodes)} operators"):
             return self._lower(graph, given)

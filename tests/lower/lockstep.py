@@ -7,7 +7,7 @@ is used, so that the two can be held against each other.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,8 @@ from moai.lower.program import Instruction, PerRank, Program, Slot
 Local = list[torch.Tensor]  # a tensor's part on every device
 At = Mapping[str, int]
 Cut = tuple[int, tuple[int, ...], int]  # dim, sizes, blocks
-Mail = dict[tuple[int, int, int], deque[list[torch.Tensor]]]  # by sending and receiving stage, and device within it
+# By sending and receiving stage, and device within it: all that was sent; what was received is None.
+Mail = dict[tuple[int, int, int], list[list[torch.Tensor] | None]]
 
 
 def run(program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float] = ()) -> list[torch.Tensor]:
@@ -35,7 +36,7 @@ def run(program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[floa
 
 def run_local(program: Program, inputs: Sequence[Local], scalars: Sequence[float] = ()) -> list[Local]:
     """The parts of the outputs, given those of the inputs. Buffers that were not donated must come back unchanged."""
-    mail: Mail = defaultdict(deque)
+    mail: Mail = defaultdict(list)
     stages = [_Devices(program, s, scalars, mail) for s in range(program.mesh.n_stages)]
     before = [[p.clone() for p in parts] for parts in inputs]
     for slot, parts in zip(program.inputs, inputs, strict=True):
@@ -43,7 +44,7 @@ def run_local(program: Program, inputs: Sequence[Local], scalars: Sequence[float
             if slot.placement.on(devices.stage):  # each stage has its own copy of what several have
                 devices.put(slot, parts if devices is stages[-1] else [p.clone() for p in parts])
     _run_in_turns(stages)
-    assert not any(mail.values()), "messages that nobody received"
+    assert all(m is None for sent in mail.values() for m in sent), "messages that nobody received"
     for slot, parts, old in zip(program.inputs, inputs, before, strict=True):
         if not slot.donated:
             torch.testing.assert_close(parts, old, rtol=0, atol=0, equal_nan=True)
@@ -173,7 +174,7 @@ class _Devices:
         if instruction.op == "send":
             results = [self._send(r, *args[r]) for r in ranks]
         elif instruction.op == "receive":
-            while not self.mail[args[0][0], self.stage, 0]:
+            while len(self.mail[args[0][0], self.stage, 0]) <= args[0][1]:
                 yield True
             results = [self._received(r, *args[r]) for r in ranks]
         elif instruction.kwargs.get("in_place"):
@@ -205,8 +206,11 @@ class _Devices:
         assert len({x.dtype for x in xs}) == 1 and stage != self.stage
         self.mail[self.stage, stage, rank].append([x.clone() for x in xs])
 
-    def _received(self, rank: int, stage: int, shapes: Sequence[Any], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        message = self.mail[stage, self.stage, rank].popleft()
+    def _received(
+        self, rank: int, stage: int, nth: int, shapes: Sequence[Any], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, ...]:
+        message, self.mail[stage, self.stage, rank][nth] = self.mail[stage, self.stage, rank][nth], None
+        assert message is not None, "a message is received twice"
         assert [(x.shape, x.dtype) for x in message] == [(torch.Size(s), dtype) for s in shapes]
         return tuple(message)
 

@@ -159,6 +159,12 @@ def test_a_plan_of_everything_is_lowered_alike(graph_of, monkeypatch) -> None:
     assert part.peak_bytes == whole.peak_bytes
 
 
+def test_layers_whose_gradients_share_a_large_message_are_lowered_alike(graph_of, monkeypatch) -> None:
+    """A message of five layers is small, one of all of them is not."""
+    graph, plan = graph_of(training(transformers.LlamaConfig(**WIDE))), parse("dp=4", 4)
+    same(lowered_in_part(graph, plan, monkeypatch), lowered_whole(graph, plan, monkeypatch))
+
+
 @pytest.mark.parametrize("model", sorted(CONFIGS.keys() - {"opt"}))  # whose layer norms' many biases look alike
 def test_every_model_is_lowered_alike(model: str, graph_of, monkeypatch) -> None:
     graph, plan = graph_of(training(CONFIGS[model], padded=True)), parse("dp=4", 4)

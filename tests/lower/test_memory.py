@@ -42,6 +42,9 @@ PLANS = [
     "dp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,recompute=full",
     "dp=2,precision=bf16",
     "tp=2,micro=2,precision=bf16",
+    "pp=2,micro=8",
+    "pp=2,micro=8,schedule=gpipe",
+    "pp=2,micro=8,schedule=zero_bubble",
 ]
 a_step = llama_with_adamw(
     batch=32,

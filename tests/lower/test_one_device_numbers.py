@@ -106,10 +106,10 @@ def mlp_state() -> list[torch.Tensor]:
 HEADS, WIDTH, VOCAB, LENGTH = 2, 8, 16, 5
 
 
-def transformer_state() -> list[torch.Tensor]:
-    """Tied embedding, then for each of two blocks: norm weight and bias, qkv, projection, up, down."""
+def transformer_state(blocks: int = 2) -> list[torch.Tensor]:
+    """Tied embedding, then for each block: norm weight and bias, qkv, projection, up, down."""
     state = [torch.randn(VOCAB, WIDTH) * 0.3]
-    for _ in range(2):
+    for _ in range(blocks):
         state += [torch.ones(WIDTH), torch.zeros(WIDTH), torch.randn(3 * WIDTH, WIDTH) * 0.3]
         state += [torch.randn(WIDTH, WIDTH) * 0.3, torch.randn(32, WIDTH) * 0.3, torch.randn(WIDTH, 32) * 0.3]
     return state

@@ -58,10 +58,13 @@ def test_two_dims_are_split_over_two_axes_at_once():
     assert str(program.outputs[0].placement) == "S0(dp) S1(tp)"
 
 
-def test_an_operator_that_needs_a_dim_whole_gathers_it():
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.ops.aten._safe_softmax], ids=["plain", "safe"])
+def test_an_operator_that_needs_a_dim_whole_gathers_it_and_no_other(softmax: Callable[..., torch.Tensor]):
     x = torch.randn(8, 6)
-    program = lowered(lambda x: (x.softmax(1),), Plan(tp=2), (x, split(1, 6)))
-    assert [m[0] for m in messages(program.instructions)] == ["all_gather"]
+    along = lowered(lambda x: (softmax(x, 1),), Plan(tp=2), (x, split(1, 6)))
+    across = lowered(lambda x: (softmax(x, 0),), Plan(tp=2), (x, split(1, 6)))
+    assert [m[0] for m in messages(along.instructions)] == ["all_gather"]
+    assert messages(across.instructions) == []
 
 
 # -- what waits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moai.lower import Program, lower
+from moai.lower.operators import is_view
 from moai.lower.validate import InvalidProgram, validate
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
@@ -38,6 +40,10 @@ PLANS = (
     Plan(pp=2, micro=4, schedule="gpipe"),
     Plan(pp=2, micro=4),
     Plan(pp=2, micro=4, recompute="full"),
+    Plan(pp=2, micro=4, schedule="zero_bubble"),
+    Plan(pp=2, micro=3, dp=2, schedule="zero_bubble", recompute="full", **LOW),
+    Plan(pp=2, micro=4, schedule="interleaved"),
+    Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"),
     Plan(pp=2, dp=2, micro=3),
     Plan(pp=2, tp=2, micro=2),
     Plan(pp=2, dp=2, micro=2, **SHARDED),
@@ -100,14 +106,20 @@ def sends(program: Program) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_weights_that_two_stages_share_have_one_gradient_and_one_update(plan: Plan) -> None:
-    state = transformer_state()
+    state = transformer_state(plan.n_stages if plan.schedule == "interleaved" else 2)
     check(trained(transformer_loss, len(state)), state, transformer_batch(13), [plan])
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero_bubble"])
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 def test_any_number_of_stages_gives_the_numbers_of_one_device(stages: int, schedule: Any) -> None:
     plans = [Plan(pp=stages, micro=micro, schedule=schedule) for micro in (1, 2, 5)]
+    check(trained(stacked, 6), layers(6), [torch.randn(11, 8)], plans)
+
+
+@pytest.mark.parametrize(("devices", "chunks"), [(2, 2), (2, 3), (3, 2)])
+def test_any_number_of_stages_a_device_gives_the_numbers_of_one_device(devices: int, chunks: int) -> None:
+    plans = [Plan(pp=devices, micro=micro, schedule="interleaved", chunks=chunks) for micro in (1, 2, 5)]
     check(trained(stacked, 6), layers(6), [torch.randn(11, 8)], plans)
 
 
@@ -195,6 +207,27 @@ def test_memory_falls_with_the_number_of_stages() -> None:
     assert one.peak_bytes > 1.5 * two.peak_bytes > 2.0 * four.peak_bytes
 
 
+def test_zero_bubble_and_chunks_change_no_more_than_the_order() -> None:
+    """Nothing is computed twice, but for views of what parts hand on."""
+
+    def work(plan: Plan) -> Counter[str]:
+        code = [i for stage in stacked_program(8, plan).stages for i in stage.instructions]
+        return Counter(i.op for i in code if i.op.startswith("aten.") and not is_view(i.op))
+
+    expected = work(Plan(pp=2, micro=4))
+    assert work(Plan(pp=2, micro=4, schedule="zero_bubble")) == expected
+    assert work(Plan(pp=2, micro=4, schedule="interleaved")) == expected
+
+
+def test_zero_bubble_sends_before_it_makes_gradients_of_weights() -> None:
+    second = stacked_program(4, Plan(pp=2, micro=4, schedule="zero_bubble")).of(1).instructions
+    begins = [at for at, i in enumerate(second) if i.op == "begin_part"]
+    end = next(at for at, i in enumerate(second) if i.op == "end_repeat")
+    parts = [[i.op for i in second[a:b]] for a, b in pairwise([*begins, end])]
+    assert "send" in parts[1] and "accumulate" not in parts[1]
+    assert parts[2].count("accumulate") == parts[2].count("aten.mm.default") == 2
+
+
 def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
     found = {s: stacked_program(4, Plan(pp=2, micro=16, schedule=s)).stages for s in ("gpipe", "1f1b")}
     assert all(a.peak_bytes > 2 * b.peak_bytes for a, b in zip(found["gpipe"], found["1f1b"], strict=True))
@@ -203,15 +236,57 @@ def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
 # -- what cannot be
 
 
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(PlanError, match="pp=5: there are more stages than layers, of which the model has 4"):
-        stacked_program(4, Plan(pp=5, micro=5))
+@pytest.mark.parametrize(
+    ("n", "plan", "reason", "nearest"),
+    [
+        (4, Plan(pp=5, micro=5), "there are more stages than layers, of which the model has 4", Plan(dp=5, micro=5)),
+        (
+            4,
+            Plan(pp=3, micro=5, schedule="interleaved"),
+            "pp=3,chunks=2: there are more stages than layers",
+            Plan(dp=3, micro=5),
+        ),
+        (4, Plan(dp=1, pp=8, micro=8), "there are more stages than layers", Plan(dp=2, pp=4, micro=8)),
+        (4, Plan(pp=2, layers=(2, 3)), "layers=2+3 deals 5 layers, but the model has 4", Plan(pp=2)),
+        (2, Plan(pp=2, dp=2, layers=(1, 1)), "it is not clear what the model's layers are", Plan(pp=2, dp=2)),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_with_the_reason_and_a_plan_that_can(n, plan, reason, nearest) -> None:
+    with pytest.raises(PlanError) as caught:
+        stacked_program(n, plan)
+    assert reason in caught.value.reason
+    assert caught.value.nearest == nearest
 
 
-def test_fewer_micro_batches_than_stages_are_noted() -> None:
-    (note,) = stacked_program(4, Plan(pp=4, micro=2)).notes
-    assert note.startswith("There are fewer micro-batches (2) than stages (4)")
-    assert not stacked_program(4, Plan(pp=2, micro=2)).notes
+def test_stages_have_the_layers_that_the_plan_deals_to_them() -> None:
+    program = stacked_program(6, Plan(pp=3, micro=3, layers=(1, 0, 2)))
+    assert [len(stage.inputs) for stage in program.stages] == [2, 3, 2]  # the first one has the batch, too
+
+
+def normed(params: Tensors, x: torch.Tensor) -> torch.Tensor:
+    for up, down in zip(params[::2], params[1::2], strict=True):
+        x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), up)), down)
+    return x.square().mean()
+
+
+@pytest.mark.parametrize("recompute", ["default", "full"])
+def test_what_is_computed_again_is_so_on_its_own_stage(recompute: Any) -> None:
+    state, x = [w.float() for w in layers(8, 64)], torch.randn(16, 32, 64, dtype=torch.float32)
+    graph = trace(trained(normed, 8), state, [x])
+    kept, again = (
+        lower(graph, Plan(pp=2, micro=2, recompute=r, precision="bf16"), [None] * 9) for r in ("none", recompute)
+    )
+    assert len(sends(again)) == len(sends(kept))
+
+
+def test_data_of_various_batch_sizes_are_refused_with_the_reason() -> None:
+    def loss(params: Tensors, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return stacked(params, x * mask)
+
+    graph = trace(trained(loss, 4), layers(4), [torch.randn(16, 4, 8), torch.randn(1, 4, 8)])
+    with pytest.raises(PlanError, match=r"pp=2: the step's data are of various batch sizes \(16, 1\)") as caught:
+        lower(graph, Plan(pp=2, micro=2), [None] * 6)
+    assert caught.value.nearest == Plan(dp=2, micro=2)
 
 
 # -- checks
@@ -221,6 +296,16 @@ def test_64_stages_are_lowered_and_validated() -> None:
     program = stacked_program(64, Plan(pp=64, micro=96, dp=2), samples=192)
     assert program.mesh.n_devices == 128 and len(program.stages) == 64
     validate(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(pp=64, micro=96, schedule="zero_bubble"), Plan(pp=32, micro=70, schedule="interleaved")],
+    ids=str,
+)
+def test_64_stages_of_other_schedules_are_lowered_and_validated(plan: Plan) -> None:
+    validate(stacked_program(64, plan, samples=192))
 
 
 def test_the_validator_finds_a_message_that_is_not_sent() -> None:

@@ -46,7 +46,7 @@ def train(case: str, device: str) -> list[float]:
     name, *extras = case.split(".")
     torch.manual_seed(0)
     plain = MODELS["plain"]
-    model = plain.make().double().to(device).train()
+    model = plain.make(2).double().to(device).train()
     parameters = list(model.parameters())
     if "twice" in extras:
         optimizers = [OPTIMIZERS[name](parameters[::2]), OPTIMIZERS["sgd"](parameters[1::2])]

@@ -80,3 +80,17 @@ def test_an_error_can_say_who_asked_for_the_plan():
     assert chosen("tp=2").origin == 'MOAI_PLAN="tp=2"'
     assert "torch.moreh.option" in chosen(num_micro_batches=2).origin
     assert chosen().origin == 'The plan "dp=4"'
+
+
+def test_a_forced_plan_with_fewer_micro_batches_than_stages_is_followed_with_a_warning():
+    choice = chosen("pp=4,micro=2")
+    assert choice.plan == Plan(pp=4, micro=2)
+    assert choice.warning.startswith("There are fewer micro-batches (2) than stages (4)")
+    assert not chosen("pp=4,micro=4").warning
+
+
+@pytest.mark.parametrize("options", [{"num_stages": 2}, {"pipeline_parallel": False}])
+def test_forced_stages_beyond_those_of_the_options_are_named_in_the_log(options):
+    (note,) = chosen("pp=4,micro=4", mixed_precision=False, **options).notes
+    assert next(iter(options)) in note
+    assert not chosen("dp=4", mixed_precision=False, **options).notes

@@ -64,6 +64,7 @@ def test_spaces_and_capitals_do_not_count():
         ("micro=0", "micro must be a whole number, 1 or more, not 0", "dp=4"),
         ("micro=-1,tp=2", "micro must be a whole number, 1 or more, not -1", "dp=2,tp=2"),
         ("micro=1.5", "micro must be a whole number, 1 or more, not 1.5", "dp=4"),
+        ("pp=2,layers=3+x", "layers must be a number for each stage, with + between, not 3+x", "dp=2,pp=2"),
         ("micro=4_0", "micro must be a whole number, 1 or more, not 4_0", "dp=4"),
     ],
 )
@@ -109,6 +110,8 @@ def test_a_plan_for_other_devices_is_refused(text, reason, nearest):
             "dp=4,distribute_param=true,distribute_low_prec_param=true",
         ),
         ("shard=2", "shard=2 needs distribute_param=true", "dp=4,distribute_param=true,shard=2"),
+        ("pp=2,layers=1+2+1", "layers=1+2+1 must have a number for each of 2 stages", "dp=2,pp=2"),
+        ("pp=4,layers=0+2+0+2", "layers=0+2+0+2 must have a number for each of 4 stages", "dp=1,pp=4"),
         ("shard=3,distribute_param=true", "shard=3 does not divide dp=4", "dp=4,distribute_param=true"),
     ],
 )
@@ -123,11 +126,32 @@ def test_the_message_says_where_the_text_stands():
 
 
 def test_the_line_of_the_log_is_the_originals_with_our_keys_added():
-    assert Plan(2).line == (
+    assert Plan(2).line() == (
         "No PP, No TP, dp : 2, num_micro_batches : 1, recomputation : none(0), distribute_param : false, "
         "distribute_low_prec_param : false"
     )
-    assert Plan(4, 2, 1, 4, "full", True, False, "bf16", 2).line == (
+    assert Plan(4, 2, 1, 4, "full", True, False, "bf16", 2).line() == (
         "No PP, tp : 2, dp : 4, num_micro_batches : 4, recomputation : full(2), distribute_param : true, "
         "distribute_low_prec_param : false, precision : bf16, shard : 2"
     )
+
+
+def test_interleaved_stages_have_two_chunks_a_device_if_no_more_are_asked_for():
+    assert parse("pp=2,schedule=interleaved", 4) == Plan(2, pp=2, schedule="interleaved", chunks=2)
+    assert parse("pp=2,schedule=interleaved,chunks=4", 4).n_stages == 8
+
+
+def test_chunks_need_interleaved_stages():
+    assert refusal("pp=2,chunks=3")[0] == "chunks=3 needs schedule=interleaved: it is how many stages a device has."
+    assert refusal("pp=2,chunks=1,schedule=interleaved") == (
+        "chunks must be 2 or more: with one stage a device, it is schedule=1f1b.",
+        "dp=2,pp=2,schedule=interleaved",
+    )
+    assert refusal("dp=4,schedule=interleaved") == ("schedule=interleaved needs stages (pp=2 or more).", "dp=4")
+
+
+def test_the_line_of_a_pipeline_begins_as_the_originals():
+    plan = Plan(dp=4, pp=2, micro=16, layers=(15, 17))
+    rest = "No TP, dp : 4, recomputation : none(0), distribute_param : false, distribute_low_prec_param : false"
+    assert plan.line(256) == f"num_stages : 2, num_micro_batches : 16, batch_per_device : 4, {rest}, layers : 15+17"
+    assert plan.line().startswith("num_stages : 2, num_micro_batches : 16, No TP")

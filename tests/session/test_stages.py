@@ -72,16 +72,48 @@ print(len(plain), max(abs(a - b) / max(abs(a), 1e-3) for a, b in zip(plain, stag
 @pytest.mark.parametrize(
     "plan",
     [
-        "pp=2,micro=4",
-        "pp=4,micro=4,schedule=gpipe,recompute=full",
+        "pp=2,micro=4,schedule=interleaved",
+        "pp=4,micro=4,schedule=zero_bubble,recompute=full",
+        pytest.param("pp=2,micro=4", marks=pytest.mark.slow),
+        pytest.param("pp=4,micro=4,schedule=gpipe,recompute=full", marks=pytest.mark.slow),
         pytest.param("dp=2,pp=2,micro=2", marks=pytest.mark.slow),
+        pytest.param("dp=2,pp=2,micro=3,schedule=zero_bubble,distribute_param=true", marks=pytest.mark.slow),
+        pytest.param("tp=2,pp=2,micro=4,schedule=interleaved,recompute=default", marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_other_batches_accumulation_and_reading_are_exact(plan: str) -> None:
-    done = run(SCRIPT, MOAI_PLAN=plan, MOAI_DEVICES="2" if "pp=2,micro=4" in plan else "4")
+    done = run(SCRIPT, MOAI_PLAN=plan, MOAI_DEVICES="2" if plan.startswith("pp=2") else "4")
     assert done.returncode == 0, done.stderr
     count, worst = done.stdout.split()
     assert int(count) > 40 and float(worst) < 1e-10
+
+
+DROPPING = """
+import torch.nn as nn, torch.nn.functional as F
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+blocks = [nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 16)) for _ in range(4)]
+model = nn.Sequential(*blocks).cuda()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+for _ in range(3):
+    loss = model(torch.randn(8, 16).cuda()).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(loss.item())
+print(*(p.detach().cpu().sum().item() for p in model.parameters()), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_dropout_draws_the_numbers_of_one_device() -> None:
+    def numbers(plan: str, devices: int) -> list[float]:
+        done = run(DROPPING, MOAI_PLAN=plan, MOAI_DEVICES=str(devices))
+        assert done.returncode == 0, done.stderr
+        return [float(x) for x in done.stdout.split()]
+
+    staged = numbers("pp=2,micro=4,schedule=interleaved", 2)
+    assert staged == pytest.approx(numbers("dp=1", 1), rel=1e-10, abs=1e-12)
 
 
 def test_more_stages_than_layers_are_refused_with_the_reason() -> None:

@@ -250,7 +250,7 @@ _DIMS: dict[torch._ops.OpOverload, str] = {
     **dict.fromkeys(
         (
             aten.unsqueeze.default, aten.squeeze.dims, aten.select.int, aten.slice.Tensor, aten._softmax.default,
-            aten._softmax_backward_data.default, aten.sum.dim_IntList,
+            aten._safe_softmax.default, aten._softmax_backward_data.default, aten.sum.dim_IntList,
         ),
         "dim",
     ),

@@ -39,8 +39,9 @@ _MIN_LAYER = 16 << 10
 _SMALL = 4096
 # So many instructions take longer than a small message.
 _FAR = 32
-# A message of so many bytes is worth to be put together where its terms are made.
-WORTH_IT = 1 << 20
+# A message of so many bytes is worth to be put together where its terms are made. Of one that several layers are joined
+# to, a layer's bytes decide: how many layers there are is to make no difference.
+_WORTH_IT, _LAYER_WORTH_IT = 1 << 20, 16 << 10
 
 # Buckets of scattered sums that are under way together: while one is sent, the next is filled.
 _UNDER_WAY = 2
@@ -69,6 +70,8 @@ class _Bucket:
     due: int = 0
     bytes: int = 0
     slack: int = 0  # the least that a member has by itself: what is done while it is under way
+    layers: set[int] = field(default_factory=set)
+    is_large: bool = False  # whether it is worth to be put together where its terms are made
 
     def takes(self, member: _Timed) -> bool:
         """Whether a sum can join without being late for anyone, and without having all wait that would not."""
@@ -76,8 +79,9 @@ class _Bucket:
         slack = min(self.due, member.due) - max(self.ready, member.ready)
         return fits and (slack >= _FAR or (slack > 0 and min(self.slack, member.due - member.ready) < _FAR))
 
-    def join(self, member: _Timed) -> None:
+    def join(self, member: _Timed, layer: int) -> None:
         slack = member.due - member.ready
+        self.layers.add(layer)
         self.slack = min(self.slack, slack) if self.members else slack
         self.due = min(self.due, member.due) if self.members else member.due
         self.ready = max(self.ready, member.ready)
@@ -173,13 +177,14 @@ def _with_additions(
 
 
 def _is_written_in_place(bucket: _Bucket, readers: Counter[int], values: Values) -> bool:
-    """Whether the terms can be made in the bucket: all are made in this part of the program, for this sum alone."""
+    """Whether the terms are to be made in the bucket, and can be: all are made in this part of the program, for this
+    sum alone."""
     first = bucket.members[0].instruction
     wide = values.types[first.outs].dtype in (torch.float32, torch.float64)
     return (
         first.op == "all_reduce"
         and wide
-        and bucket.bytes >= WORTH_IT
+        and bucket.is_large
         and all(m.ready >= 0 and readers[m.instruction.args[0].id] == 1 for m in bucket.members)
     )
 
@@ -223,10 +228,13 @@ def _written_in_place(
 def _fill(sums: Sequence[_Timed], values: Values) -> list[_Bucket]:
     """Sums in the order in which they can begin. Buckets hold whole layers, as few as are worth a message."""
     ordered = sorted(sums, key=lambda s: s.ready)
-    begins, _ = _layers(ordered, values)
+    begins, layer = _layers(ordered, values)
     total = sum(s.nbytes for s in sums)
     enough = _MAX_BYTES if begins else min(max(total // _BUCKETS, _MIN_BYTES), _MAX_BYTES)
-    return sorted(_cut(ordered, values, begins, WHOLE_BYTES, enough), key=lambda bucket: bucket.ready)
+    full = _cut(ordered, values, begins, WHOLE_BYTES, enough)
+    for bucket in full:
+        bucket.is_large = layer >= _LAYER_WORTH_IT if len(bucket.layers) > 1 else bucket.bytes >= _WORTH_IT
+    return sorted(full, key=lambda bucket: bucket.ready)
 
 
 def _ahead(gathers: Sequence[_Timed], values: Values) -> list[_Bucket]:
@@ -258,15 +266,17 @@ def _cut(members: Sequence[_Timed], values: Values, begins: Collection[int], lea
     """Buckets of `enough` bytes, or of `least` where a layer begins."""
     full: list[_Bucket] = []
     filling: dict[object, _Bucket] = {}  # by dtype
+    layer = 0
     for at, member in enumerate(members):
         dtype = values.types[member.instruction.outs].dtype
         if at in begins:
             filling = {d: bucket for d, bucket in filling.items() if bucket.bytes < least}
+            layer += 1
         bucket = filling.get(dtype)
         if bucket is None or not bucket.takes(member) or bucket.bytes >= enough:
             bucket = filling[dtype] = _Bucket()
             full.append(bucket)
-        bucket.join(member)
+        bucket.join(member, layer)
     return full
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from moai.lower.cleanup import uses
 from moai.lower.kinds import kinds
 from moai.lower.lowering import Lowered
 from moai.lower.peak import Level, levels
-from moai.lower.program import Instruction, Program
+from moai.lower.program import Instruction, Program, Slot
+from moai.lower.stages.schedule import order
 from moai.lower.tasks import bounds
 from moai.lower.values import largest_part
 from moai.plan.work import Held
@@ -38,16 +39,27 @@ class Known:
 
     @staticmethod
     def of(graph: StepGraph, found: Lowered) -> Known:
-        program, phases = found.program, found.phases
-        batch = [slot.id for slot, each in zip(program.inputs, graph.inputs, strict=True) if each.batch]
-        fresh, coming = _fresh_states(graph, phases, program)
-        return Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh, coming)
+        return _known(graph, found, found.program, found.phases)
+
+    @staticmethod
+    def of_stages(graph: StepGraph, found: Lowered) -> list[Known]:
+        """Of each stage."""
+        return [_known(graph, found, stage, found.phases) for stage in found.program.stages]
 
 
-def held(known: Known) -> Held:
+def _known(graph: StepGraph, found: Lowered, program: Program, phases: Mapping[int, str]) -> Known:
+    batch = [slot.id for slot, each in zip(found.program.inputs, graph.inputs, strict=True) if each.batch]
+    origins = {id(slot): each for slot, each in zip(found.program.outputs, graph.outputs, strict=True)}
+    fresh, coming = _fresh_states([(slot, origins[id(slot)]) for slot in program.outputs], phases, program)
+    return Known(program, found.types, phases, frozenset(batch), bounds(program, phases), fresh, coming)
+
+
+def held(known: Known, under_way: int = 1) -> Held:
     """What is held at the most in each stretch of the step, and of what kinds it is. With more layers, what is held at
-    such a place grows evenly: in the middle of a phase, no more is held than at one of its ends."""
-    found = levels(known.program, known.types, kinds(known.program, known.batch, known.begins))
+    such a place grows evenly: in the middle of a phase, no more is held than at one of its ends. `under_way`:
+    micro-batches on a stage, at the most."""
+    program = _with_under_way(known.program, under_way)
+    found = levels(program, known.types, kinds(program, known.batch, known.begins))
     backward, optimizer = known.begins
     cuts = [0, backward // 2, backward, (backward + optimizer) // 2, optimizer, len(found)]
     rows = []
@@ -58,7 +70,14 @@ def held(known: Known) -> Held:
         rows.append(max(moments, default=Level(0)))
     total, gradients, activations = np.array(rows, dtype=np.float64).T
     parameters, before, states = _stored(known)
-    return Held(total, gradients, activations, parameters, states + known.fresh, before)
+    return Held(total, gradients, activations, float(parameters), float(states + known.fresh), float(before))
+
+
+def _with_under_way(program: Program, n: int) -> Program:
+    """The program with so many micro-batches under way where forwards and backwards take turns."""
+    turns = order("1f1b", 0, n, program.mesh.steps)
+    code = [replace(i, args=(turns,)) if i.op == "repeat" and i.args else i for i in program.instructions]
+    return replace(program, instructions=tuple(code))
 
 
 def _stored(known: Known) -> tuple[int, int, int]:
@@ -72,14 +91,12 @@ def _stored(known: Known) -> tuple[int, int, int]:
     return parameters, before, sum(kept.values()) - parameters
 
 
-def _fresh_states(graph: StepGraph, phases: Mapping[int, str], program: Program) -> tuple[int, list[int]]:
-    """`fresh` and `coming` of `Known`. A first step makes the states that all later ones find, and it is those that
-    have to fit: as if the states were there before they are made."""
-    made = {
-        s.id: largest_part(s.type, s.placement)
-        for s, o in zip(program.outputs, graph.outputs, strict=True)
-        if _is_fresh(o, phases)
-    }
+def _fresh_states(
+    outputs: Sequence[tuple[Slot, Output]], phases: Mapping[int, str], program: Program
+) -> tuple[int, list[int]]:
+    """`fresh` and `coming` of `Known`. `outputs`: the program's, with what they are in the graph. A first step makes
+    the states that all later ones find, and it is those that have to fit: as if they were there before."""
+    made = {slot.id: largest_part(slot.type, slot.placement) for slot, o in outputs if _is_fresh(o, phases)}
     fresh = left = sum(made.values())
     coming = []
     for instruction in program.instructions:

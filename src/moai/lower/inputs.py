@@ -112,3 +112,10 @@ def _spread(type_: TensorType, plan: Plan, mesh: Mesh, taken: Shard | None) -> S
         if length >= parts and (taken is None or taken.dim != dim):
             return Shard(dim, (axis,), split_evenly(length, parts))
     return None
+
+
+def batch_sizes(graph: StepGraph) -> list[int]:
+    """The lengths of the first dims of the step's data, the most frequent first; those of one sample for all count."""
+    shapes = [graph.types[i.id].shape for i in graph.inputs if i.batch]
+    lengths = [shape[0] for shape in shapes if shape and shape[0]]
+    return sorted(set(lengths), key=lambda length: (-lengths.count(length), -length))

@@ -24,7 +24,7 @@ from moai.lower.depth.steps import Deep, Shallow, deepened, shallow
 from moai.lower.dropped import with_own_views
 from moai.lower.experts import without_sorts
 from moai.lower.finishing import finished
-from moai.lower.inputs import Arrival, arrivals, global_batch
+from moai.lower.inputs import Arrival, arrivals, batch_sizes, global_batch
 from moai.lower.loops import in_loops
 from moai.lower.moving import without_time
 from moai.lower.peak import peak_bytes
@@ -32,6 +32,7 @@ from moai.lower.placing import Placer
 from moai.lower.precision import in_precision
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.recompute import recomputed
+from moai.lower.stages.arrivals import numbered
 from moai.lower.stages.assign import NoCut
 from moai.lower.stages.pipeline import in_stages
 from moai.lower.tensor_parallel import TensorParallel, tensor_parallel
@@ -40,6 +41,7 @@ from moai.lower.validate import validate
 from moai.lower.values import Values
 from moai.lower.wishes import wishes
 from moai.plan.errors import PlanError
+from moai.plan.nearest import nearest
 from moai.plan.plan import Plan, Precision, Recompute
 
 # Set to 1, every program is validated when it is made.
@@ -101,12 +103,13 @@ def _of_few_layers(graph: StepGraph, few: Shallow, plan: Plan) -> Deep | None:
 @dataclass(frozen=True)
 class Lowered:
     """A program, but for its peak, with the types of its values, and the nodes that it was written from. Values in
-    `twice` are made a second time, for the backward."""
+    `twice` are made a second time, for the backward. `layers`: how many of them each stage has, where that is known."""
 
     program: Program
     types: Mapping[int, TensorType]
     nodes: Sequence[Node]
     twice: range
+    layers: tuple[int, ...] | None = None
 
     @property
     def phases(self) -> dict[int, str]:
@@ -129,21 +132,24 @@ class Spelled:
     once: int
 
 
-def spelled(graph: StepGraph, precision: Precision | None, recompute: Recompute, splits_samples: bool) -> Spelled:
-    """What lowering begins with. `splits_samples`: whether devices or micro-batches share the batch."""
+def spelled(
+    graph: StepGraph, precision: Precision | None, recompute: Recompute, splits_samples: bool, staged: bool
+) -> Spelled:
+    """What lowering begins with. `splits_samples`: whether devices or micro-batches share the batch. `staged`: whether
+    there are stages."""
     nodes, types, outputs = canonical(graph)
     if splits_samples:
         nodes, types, outputs = without_sorts(nodes, types, outputs)
     nodes, types = in_precision(nodes, types, graph.inputs, outputs, precision)
     once = len(types)
-    nodes, types = recomputed(nodes, types, graph.inputs, outputs, recompute, None)
+    nodes, types = recomputed(nodes, types, graph.inputs, outputs, recompute, None, staged)
     return Spelled(nodes, types, outputs, once)
 
 
 def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], begun: Spelled | None = None) -> Lowered:
     """All nodes of `graph`, one by one. `plan` is `fitted`; `begun`: its `spelled`, if that is at hand."""
     mesh = plan.mesh
-    begun = begun or spelled(graph, plan.precision, plan.recompute, plan.splits_samples)
+    begun = begun or spelled(graph, plan.precision, plan.recompute, plan.splits_samples, plan.pp > 1)
     nodes, types, outputs, once = list(begun.nodes), list(begun.types), begun.outputs, begun.once
     if plan.distribute_low_prec_param:
         nodes, types = with_own_views(nodes, types, graph.inputs)
@@ -159,16 +165,15 @@ def lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None], beg
         placer.add(node)
     outputs = _placed_outputs(graph, outputs, placer, values, arriving)
 
-    code = without_dead(placer.code, outputs)
+    code = without_dead(placer.emission.code, outputs)
     code, renamed = without_repetitions(code, values)
     outputs = [renamed.get(o, o) for o in outputs]
-    code = in_loops(code, outputs, placer.remade, values)
+    code = in_loops(code, outputs, placer.emission.remade, values)
     donated = _donated(graph)
-    if plan.pp > 1:
-        program = _staged(graph, plan, given, code, outputs, donated, placer, values)
-    else:
-        program = _whole(graph, code, outputs, donated, placer, values)
-    return Lowered(program, values.types, split.nodes, twice)
+    if plan.pp == 1:
+        return Lowered(_whole(graph, code, outputs, donated, placer, values), values.types, split.nodes, twice)
+    program, layers = _staged(graph, plan, given, code, outputs, donated, placer, values)
+    return Lowered(program, values.types, split.nodes, twice, layers)
 
 
 def _whole(
@@ -197,7 +202,7 @@ def _finished(
     """`outputs`: values, and the inputs that they replace. `stages`: where they are."""
     states = [id_ for id_, replaces in outputs if replaces is not None]
     borrowed = [s.id for s in inputs if not s.donated]
-    done, names = finished(code, [id_ for id_, _ in outputs], states, borrowed, placer.stored, values)
+    done, names = finished(code, [id_ for id_, _ in outputs], states, borrowed, placer.emission.stored, values)
     found = Program(
         name=new_name(),
         mesh=values.mesh,
@@ -225,17 +230,22 @@ def _staged(
     donated: Collection[int],
     placer: Placer,
     values: Values,
-) -> Program:
-    """A program for each stage."""
-    try:
-        pipeline = in_stages(graph, plan, given, code, outputs, placer.phases(), values)
-    except NoCut as error:
-        raise PlanError(f"pp={plan.pp}: {error}.") from None
-    notes = list(placer.notes)
-    if plan.micro < plan.pp and has_backward(graph):
-        notes.append(
-            f"There are fewer micro-batches ({plan.micro}) than stages ({plan.pp}): some stages always wait for others."
+) -> tuple[Program, tuple[int, ...] | None]:
+    """A program for each stage, and how many layers each has."""
+    sizes = batch_sizes(graph)
+    if len(sizes) > 1 and has_backward(graph):
+        reason = (
+            f"pp={plan.pp}: the step's data are of various batch sizes ({', '.join(map(str, sizes))}), so that it is "
+            "not clear what a micro-batch is."
         )
+        raise PlanError(reason, nearest(replace(plan, layers=None), plan.n_devices, lambda other: other.pp == 1))
+    try:
+        pipeline = in_stages(graph, plan, given, code, outputs, placer.emission.phases(), values)
+    except NoCut as error:
+        chunks = f",chunks={plan.chunks}" if plan.n_stages > plan.pp else ""
+        most = error.most
+        possible = nearest(replace(plan, layers=None), plan.n_devices, lambda other: other.n_stages <= most)
+        raise PlanError(f"pp={plan.pp}{chunks}: {error}.", possible) from None
     inputs = [
         Slot(i.id, values.types[i.id], replace(values.placement(i.id), stages=stages), k in donated)
         for k, (i, stages) in enumerate(zip(graph.inputs, pipeline.inputs, strict=True))
@@ -246,8 +256,9 @@ def _staged(
         given_here = [s for s in inputs if s.placement.on(stage)]
         made_here = [out for out, (home,) in zip(made, pipeline.outputs, strict=True) if home == stage]
         stages.append(_finished(graph, own, given_here, made_here, (stage,), placer, values))
+    stages = numbered(stages)
     slots = [iter(stage.outputs) for stage in stages]
-    return Program(
+    program = Program(
         name=new_name(),
         mesh=values.mesh,
         inputs=tuple(inputs),
@@ -256,9 +267,10 @@ def _staged(
         instructions=(),
         peak_bytes=0,
         resident_bytes=max(stage.resident_bytes for stage in stages),
-        notes=tuple(notes),
+        notes=tuple(placer.notes),
         stages=tuple(stages),
     )
+    return program, pipeline.layers
 
 
 def fitted(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Plan:
@@ -324,7 +336,7 @@ def _placed_outputs(
             wanted = taken_over.wanted
         else:
             wanted = _out_of_time(values.placement(id_), values.mesh)
-        found.append(placer.placed(id_, wanted, origin))
+        found.append(placer.emission.placed(id_, wanted, origin))
     return found
 
 

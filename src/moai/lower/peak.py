@@ -4,13 +4,14 @@ In: a Program, complete but for this. Out: bytes: of inputs, results, what kerne
 and what of them are gradients and activations, where it is said which values are.
 
 The device is the first one: nobody has larger parts (`split_evenly`). Of a loop it does two passes. The second, when
-sums over passes exist already, stands for all later ones, whose parts are no larger. Where forwards and backwards take
-turns, as many micro-batches as are under way at most are so from the first backward on.
+sums over passes exist already, stands for all later ones, whose parts are no larger. Where parts of passes take turns,
+each is looked at when most is under way beside it (`in_flight`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from moai.graph.step_graph import Ref, Scalar, TensorType, flat_ids, map_args
 from moai.lower import on_meta
 from moai.lower.exchanged import Footprint, footprint, received
+from moai.lower.in_flight import Loop, Waiting, Way, together
 from moai.lower.layouts import Laid, Result, dense, results
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
 from moai.lower.program import Instruction, PerRank, Program
@@ -28,6 +30,8 @@ _INTEGERS = {int}
 # What instructions like some were found to do, and how many of these are remembered.
 _effects: dict[Hashable, tuple[Any, int]] = {}
 _MOST = 1 << 14
+# What is held and is no value: what parts make for later ones, messages received ahead, messages under way.
+_OTHERS, _AHEAD, _SENT = -1, -2, -3
 
 Kind = Literal["gradients", "activations", "others"]
 
@@ -52,28 +56,23 @@ def levels(
     values, and of messages whose memory will be their results'; those that it does not have are others."""
     ledger = _Ledger(program, types, kinds or {})
     found: list[tuple[Level, ...]] = []
-    begin = 0
     for index, instruction in enumerate(program.instructions):
         if instruction.op == "repeat":
-            begin = index + 1
-            ledger.begin(program.instructions[begin:], *instruction.args)
-            found.append((ledger.level(),))
-        elif instruction.op == "begin_part":
-            ledger.begin_part()
-            found.append((ledger.level(),))
+            ledger.begin(index)
         elif instruction.op == "end_repeat":
-            # Until here, the loop's instructions have been looked at in their first pass alone.
-            ledger.step = 1
-            for at in range(begin, index):
-                if program.instructions[at].op != "begin_part":
-                    ledger.add(program.instructions[at])
-                found[at] = (*found[at], ledger.level())
-            ledger.step = 0
+            # Until here, the loop's instructions have been looked at in their first pass alone, with nothing beside it.
+            ledger.restart()
+            for step in (0, 1) if ledger.loop.ways else (1,):
+                for part, own in enumerate(ledger.loop.parts):
+                    ledger.enter(part, step)
+                    for at in own:
+                        ledger.add(at)
+                        found[at] = (*found[at], ledger.level())
+            ledger.leave()
             ledger.free(instruction)
-            found.append((ledger.level(),))
-        else:
-            ledger.add(instruction)
-            found.append((ledger.level(),))
+        elif instruction.op != "begin_part":
+            ledger.add(index)
+        found.append((ledger.level(),))
     ledger.end()
     return [*found, (ledger.level(),)]
 
@@ -105,8 +104,15 @@ class _Ledger:
         self._held: dict[int, list[_Piece]] = {}
         self._footprints: dict[int, Footprint] = {}
         self._results: dict[int, list[Laid]] = {}
-        self._under_way = 0  # micro-batches, at most
-        self._in_turns: set[int] = set()  # lists that a later part of the loop reads
+        self.loop = Loop((), (), {})
+        self._entries: dict[int, _Piece] = {}  # of the lists that go from part to part
+        self._totals: dict[int, dict[int, list[_Piece]]] = {}  # of the parts that add them up
+        self._outside: dict[int, _Piece] = {}  # that are there before the loop, by their ids
+        self._lists: dict[int, list[_Piece]] = {}  # of earlier loops
+        self._sent: list[int] = []
+        self._index = 0
+        self._pass = 0  # that messages are looked at in
+        self._waiting = Waiting(program, self._received)
         for slot in program.inputs:
             self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
@@ -143,6 +149,10 @@ class _Ledger:
                 self._now -= piece.nbytes
                 self._of[piece.kind or "others"] -= piece.nbytes
 
+    def _let_go(self, ids: Iterable[int]) -> None:
+        for id_ in ids:
+            self._release(self._held.pop(id_, []))
+
     def _fresh(self, id_: int, laid: Laid) -> None:
         self._laid[id_] = laid
         self._hold(id_, _Piece(laid.nbytes))
@@ -152,8 +162,7 @@ class _Ledger:
 
     def free(self, instruction: Instruction) -> None:
         """What the instruction frees."""
-        for id_ in instruction.frees:
-            self._release(self._held.pop(id_, []))
+        self._let_go(instruction.frees)
 
     def end(self) -> None:
         """Outputs that hold more memory than their own are copied, one after the other."""
@@ -167,27 +176,78 @@ class _Ledger:
 
     # -- loops
 
-    def begin(self, code: Sequence[Instruction], order: Sequence[tuple[int, int]] = ()) -> None:
-        """A loop of `code` begins, whose parts are run in `order`."""
-        now, self._under_way = 0, 0
-        for part, _ in order:
-            now += 1 if part == 0 else -1
-            self._under_way = max(self._under_way, now)
-        end = next(at for at, i in enumerate(code) if i.op == "end_repeat")
-        taken = {i.args[0].id for i in code[:end] if i.op == "take"}
-        self._in_turns = {i.outs for i in code[:end] if i.op == "collect"} & taken
+    def begin(self, index: int) -> None:
+        """A loop begins."""
+        self._messages_gone()
+        self.loop = Loop.of(self._program, index)
+        self._entries, self._totals = {}, {}
+        self._outside = {id(piece): piece for pieces in self._held.values() for piece in pieces}
+        taken = {i.args[0].id for own in self.loop.parts for i in self._at(own) if i.op == "take"}
+        self._lists = {list_: self._held[list_] for list_ in taken if list_ in self._held}
 
-    def begin_part(self) -> None:
-        """Behind the first forward: the others that are under way have been done, too."""
-        for list_ in self._in_turns:
-            if list_ in self._held:
-                (own,) = self._held[list_]
-                self._hold(list_, _Piece(own.nbytes * (self._under_way - 1)), own)
+    def restart(self) -> None:
+        """The first pass is looked at once more, if it is not the only one under way."""
+        if self.loop.ways:
+            for part, own in enumerate(self.loop.parts):
+                made = [i.outs for i in self._at(own) if i.op == "accumulate"]
+                self._totals[part] = {total: self._held[total] for total in made}
+            for list_, pieces in self._lists.items():
+                self._hold(list_, *pieces)
+
+    def _have_totals(self, parts: Collection[int]) -> None:
+        """Of these parts, and of no others."""
+        for part, made in self._totals.items():
+            self._let_go(made)
+            if part in parts:
+                for total, pieces in made.items():
+                    self._hold(total, *pieces)
+
+    def _at(self, places: range) -> Sequence[Instruction]:
+        return self._program.instructions[places.start : places.stop]
+
+    def enter(self, part: int, step: int) -> None:
+        """A part of the first pass (0), or (1) of a later one, when most is held for others."""
+        self.step = step
+        self._let_go((*self._entries, _OTHERS))
+        alike: dict[int, list[int]] = defaultdict(list)  # lists, by the memory of their entries
+        for list_, piece in self._entries.items():
+            if id(piece) not in self._outside:
+                alike[id(piece)].append(list_)
+            else:
+                self._hold(list_, piece)
+        sizes: dict[frozenset[Way], int] = defaultdict(int)
+        for lists in alike.values():
+            sizes[frozenset(self.loop.ways[list_] for list_ in lists)] += self._entries[lists[0]].nbytes
+        totals = {
+            each: sum(p.nbytes for pieces in made.values() for p in pieces) for each, made in self._totals.items()
+        }
+        moment = self.loop.fullest(part, step > 0, sizes, totals, self._waiting.at)
+        self._pass, held = moment.step, moment.held
+        self._have_totals(moment.begun)
+        others = 0
+        for lists in alike.values():
+            there = together(held, {self.loop.ways[list_] for list_ in lists})
+            nbytes = self._entries[lists[0]].nbytes
+            own = _Piece(nbytes)
+            others += nbytes * len(there - {self._pass})
+            for list_ in lists:
+                self._hold(list_, *([own] if self._pass in held[self.loop.ways[list_]] else ()))
+        self._hold(_OTHERS, _Piece(others))
+        self._wait_for_messages(self.loop.parts[part].start)
+
+    def leave(self) -> None:
+        """The loop is over."""
+        self._messages_gone()
+        self._let_go((*self._entries, _OTHERS))
+        self._have_totals(self._totals)
+        self.step = self._pass = 0
 
     # -- instructions
 
-    def add(self, instruction: Instruction) -> None:
-        """Everything but the bounds of loops."""
+    def add(self, index: int) -> None:
+        """Instruction `index`. Everything but the bounds of loops."""
+        instruction = self._program.instructions[index]
+        self._index = index
         op = instruction.op
         if op in STARTS:
             self._start(instruction)
@@ -322,11 +382,28 @@ class _Ledger:
     # -- messages
 
     def _send(self, instruction: Instruction) -> None:
-        self._working(sum(self._laid[x.id].nbytes for x in instruction.args[0]))
+        """A copy is sent, and held until it has arrived: here, until the next one is sent in its place."""
+        held = _SENT - self._index
+        self._sent.append(held)
+        self._hold(held, _Piece(sum(self._laid[x.id].nbytes for x in instruction.args[0])))
 
     def _receive(self, instruction: Instruction) -> None:
-        _, shapes, dtype = instruction.args
+        shapes, dtype = instruction.args[2:]
         self._joined(instruction.outs, shapes, dtype)
+        self._wait_for_messages(self._index)
+
+    def _received(self, instruction: Instruction) -> int:
+        shapes, dtype = instruction.args[2:]
+        return sum(dense(self._lengths(shape), dtype).nbytes for shape in shapes)
+
+    def _wait_for_messages(self, index: int) -> None:
+        """Hold what is received ahead at this place."""
+        self._hold(_AHEAD, _Piece(self._waiting.at(index, self._pass)))
+
+    def _messages_gone(self) -> None:
+        """Time has gone by since messages were sent."""
+        self._let_go(self._sent)
+        self._sent = []
 
     # -- what loops hand on
 
@@ -345,9 +422,11 @@ class _Ledger:
         if not self.step:
             self._laid[list_] = self._laid[x]
             self._hold(list_, self._piece(x))
+            if list_ in self.loop.ways:
+                self._entries[list_] = self._piece(x)
             return
         own = self._piece(x)
-        if list_ in self._in_turns:
+        if list_ in self.loop.ways:
             self._hold(list_, *self._held[list_], own)
             return
         passes_between = _Piece(own.nbytes * (self._mesh.steps - 2))

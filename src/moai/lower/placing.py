@@ -1,7 +1,7 @@
 """Placement: every value of a graph is given its place on the mesh, and every node becomes a local instruction.
 
 In: canonical nodes, the placements of the inputs, and wishes for what is summed. Out: straight-line instructions over
-local parts, with each change of placement spelled out. Decisions are made here, in one forward walk:
+local parts, with each change of placement spelled out (`emission`). Decisions are made here, in one forward walk:
 
 - A node runs split where its rule allows it and its inputs already lie that way; over each axis the split that moves
   fewest bytes wins.
@@ -14,7 +14,7 @@ local parts, with each change of placement spelled out. Decisions are made here,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,20 +29,17 @@ from moai.graph.rules.dims import (
     left_maximal,
     left_partial,
     legal,
-    meet,
     placement_of,
     split_for,
 )
-from moai.graph.rules.indexing import INTO_ZEROS
 from moai.graph.rules.linear import adds_a_number, keeps_partial
-from moai.graph.rules.views import reshape_inside
-from moai.graph.step_graph import Node, Origin, Phase, Ref, TensorType, flat_ids, map_args
+from moai.graph.step_graph import Node, Origin, Ref, TensorType, flat_ids
 from moai.lower.decompose import decompose
 from moai.lower.dim_classes import PRODUCTS
+from moai.lower.emission import CASTS, Emission
 from moai.lower.lanes import Lane, lanes_of
 from moai.lower.localise import localised
-from moai.lower.moving import moved, next_placement
-from moai.lower.operators import WALKED, is_view
+from moai.lower.operators import is_view
 from moai.lower.program import Instruction
 from moai.lower.values import Values, per_rank
 from moai.plan.plan import Plan
@@ -51,16 +48,15 @@ aten = torch.ops.aten
 
 _NORMS = frozenset({aten._foreach_norm.Scalar})
 _AFTER_SUM = 2  # of a norm taken apart: the root, and the cast to the dtype that was asked for
-_CASTS = frozenset({aten._to_copy.default})
 
 
 class Placer:
-    """Turns nodes into `code`, one at a time. `notes` says which operators had to be computed whole.
+    """Says of one node after the other how it runs, and writes it to `emission`. `notes` says which operators had to be
+    computed whole.
 
     stored: states that are spread over the plan's `shard_axis`. wishes: the shard that a value should become where it
     is summed over that shard's axis. gradients: shards over "tp" of values that meet a split weight in the optimizer.
-    uses: how many nodes read a value. trained: the weights among the inputs that the step updates. remade: values to be
-    made again in each pass of the loop over micro-batches.
+    uses: how many nodes read a value. trained: the weights among the inputs that the step updates.
     """
 
     def __init__(
@@ -73,12 +69,9 @@ class Placer:
         uses: Mapping[int, int],
         trained: Collection[int],
     ):
-        self.code: list[Instruction] = []
         self.notes: list[str] = []
-        self.remade: set[int] = set()
         self._values = values
         self._plan = plan
-        self.stored = stored
         self._wishes = wishes
         self._gradients = gradients
         self._uses = uses
@@ -86,66 +79,35 @@ class Placer:
         # Where no device is to hold weights as a whole, none adds up whole gradients either.
         self._in_passes = frozenset((plan.shard_axis,) if plan.distribute_low_prec_param else ())
         self._batch_axes = tuple(a for a in plan.batch_axes if a in values.mesh.sizes)
-        self._elsewhere: dict[
-            tuple[int, Placement, Hashable], int
-        ] = {}  # (value, placement, use) -> the value so placed
+        self.emission = Emission(values, stored, self._batch_axes, self._in_passes)
         self._sums: dict[int, int] = {}  # values left in terms -> their sum
         self._samples: set[int] = set()  # inputs that are split along the batch, if at all
         self._begun: dict[int, int] = {}  # inputs -> what the nodes use in their stead
-        self._constants: dict[int, Node] = {}  # values made from numbers alone, by their node
-        self._strided: set[int] = set()  # views, whose entries may lie apart
         self._noted: set[str] = set()
-        self._phases: dict[int, Phase] = {}  # of what nodes make
 
     def begin(self, id_: int, wanted: Placement) -> None:
         """Have the nodes use input `id_`, which has been placed, in placement `wanted`."""
-        if id_ not in self.stored:
+        if id_ not in self.emission.stored:
             self._samples.add(id_)
         if self._values.placement(id_) != wanted:
-            self._begun[id_] = self.placed(id_, wanted, Origin("forward"))
+            self._begun[id_] = self.emission.placed(id_, wanted, Origin("forward"))
 
     def add(self, node: Node) -> None:
         """Emit `node`, whose inputs have been placed."""
         call = Call(node, self._values.types)
         self._remember(call)
         if not self._values.mesh.axes:
-            return self._emit(node, call.input_ids, [REPLICATE] * len(call.outputs))
+            return self.emission.emit(node, call.input_ids, [REPLICATE] * len(call.outputs))
         self._refuse_private_randomness(call)
         lanes = lanes_of(node)
         if lanes is not None:
             return self._add_lanes(call, lanes)
         return self._add_whole(call)
 
-    def placed(self, id_: int, wanted: Placement, origin: Origin, use: Hashable = None) -> int:
-        """Value `id_` in placement `wanted`; emitted at most once for each `use`."""
-        if self._at(id_) == wanted:
-            return id_
-        made = self._made_in_part(id_, wanted)
-        found = id_
-        while made is None and self._at(found) != wanted:
-            step = next_placement(self._at(found), wanted, self._values.mesh, self._in_passes)
-            key = (id_, step, use)
-            if key not in self._elsewhere:
-                self._elsewhere[key], code = moved(self._values, found, step, origin.where)
-                for instruction in code:
-                    self._append(instruction)
-                if use is not None:
-                    self.remade.add(self._elsewhere[key])
-            found = self._elsewhere[key]
-        return found if made is None else made
-
     def settled(self, id_: int) -> int:
         """Value `id_` as its sum where that has been taken already, else as it is."""
         id_ = self._begun.get(id_, id_)
         return self._sums.get(id_, id_)
-
-    def phases(self) -> dict[int, Phase]:
-        """The phase of every value that was made: of one that was moved, that of the node it was moved for."""
-        phase: Phase = "forward"
-        for instruction in reversed(self.code):
-            for out in flat_ids(instruction.outs):
-                phase = self._phases.setdefault(out, phase)
-        return self._phases
 
     # -- what a node is given
 
@@ -154,8 +116,8 @@ class Placer:
         id_ = self.settled(id_)
         if node.origin.phase == "optimizer":
             return self._begun_in_part(id_, node.origin)
-        if id_ in self.stored:
-            return id_ if node.op in _CASTS else self._gathered(id_, node.origin)
+        if id_ in self.emission.stored:
+            return id_ if node.op in CASTS else self._gathered(id_, node.origin)
         if TIME in self._batch_axes and id_ in self._samples:
             return self._in_micro_batches(id_, node.origin)
         return id_
@@ -163,22 +125,22 @@ class Placer:
     def _begun_in_part(self, id_: int, origin: Origin) -> int:
         """The zeros that a first step's new states begin with, as the parts that these will be."""
         shards = self._wishes.get(id_) or self._gradients.get(id_, ())
-        if id_ not in self._constants or not shards or self._at(id_) != REPLICATE:
+        if not self.emission.is_constant(id_) or not shards or self._at(id_) != REPLICATE:
             return id_
-        return self.placed(id_, Placement(shards), origin)
+        return self.emission.placed(id_, Placement(shards), origin)
 
     def _gathered(self, id_: int, origin: Origin) -> int:
         """A state as the layers use it; where it is dropped after use, the backward gathers it anew."""
         now = self._at(id_)
         whole = replace(now, shards=tuple(s for s in now.shards if self._plan.shard_axis not in s.axes))
-        return self.placed(id_, whole, origin, origin.phase if self._plan.distribute_low_prec_param else None)
+        return self.emission.placed(id_, whole, origin, origin.phase if self._plan.distribute_low_prec_param else None)
 
     def _in_micro_batches(self, id_: int, origin: Origin) -> int:
         now = self._at(id_)
         outer = self._batch_axes[:-1]
         for shard in now.shards:
             if shard.axes == outer and outer:
-                return self.placed(id_, _refined(now, shard, self._values.mesh.steps), origin)
+                return self.emission.placed(id_, _refined(now, shard, self._values.mesh.steps), origin)
         return id_
 
     def _summed(self, id_: int, keep: Sequence[str], origin: Origin) -> int:
@@ -194,7 +156,7 @@ class Placer:
             if set(wish.axes) <= set(open_) - taken and wish.dim not in split:
                 shards.append(wish)
         wanted = Placement(tuple(sorted(shards, key=lambda s: s.dim)), tuple(a for a in now.partial if a in keep))
-        found = self.placed(id_, wanted, origin)
+        found = self.emission.placed(id_, wanted, origin)
         if not wanted.partial:
             self._sums[id_] = found
         return found
@@ -215,7 +177,7 @@ class Placer:
             for part in rewritten:
                 self.add(part)
             return None
-        dims = self._dims(call)
+        dims = self.emission.dims(call)
         lying = self._weights_first(call, placements)
         splits = () if dims is None else choose(dims, call.inputs, call.outputs, lying)
         if dims is not None:
@@ -223,10 +185,10 @@ class Placer:
         if dims is None or not splits:
             if any(p.shards for p in placements):
                 self._note(call)
-            ids = [self.placed(i, Placement((), self._at(i).partial), origin) for i in ids]
-            return self._emit(node, ids, [Placement((), stays)] * len(call.outputs))
+            ids = [self.emission.placed(i, Placement((), self._at(i).partial), origin) for i in ids]
+            return self.emission.emit(node, ids, [Placement((), stays)] * len(call.outputs))
         ids = [
-            self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
+            self.emission.placed(i, placement_of(f, splits, self._at(i).partial), origin)
             for i, f in zip(ids, dims.inputs, strict=True)
         ]
         self._emit_split(localised(node, dims, splits), ids, dims, splits, stays)
@@ -252,7 +214,7 @@ class Placer:
         once = per_rank(("tp",), (1, *[0] * (self._values.mesh.sizes["tp"] - 1)))
         out = self._values.new(self._values.type(id_), replace(now, partial=self._in_order({*now.partial, "tp"})))
         shapes = (self._values.local_shape(out),)
-        self._append(Instruction(str(aten.mul.Scalar), (Ref(id_), once), {}, out, (), shapes, origin.where))
+        self.emission.append(Instruction(str(aten.mul.Scalar), (Ref(id_), once), {}, out, (), shapes, origin.where))
         return out
 
     def _weights_first(self, call: Call, placements: list[Placement]) -> list[Placement]:
@@ -292,35 +254,18 @@ class Placer:
         if any(maximal):
             self._emit_maximum(node, ids, outputs[0], maximal[0])
         else:
-            self._emit(node, ids, outputs)
+            self.emission.emit(node, ids, outputs)
 
     def _emit_maximum(self, node: Node, ids: Sequence[int], placement: Placement, axes: tuple[str, ...]) -> None:
         """The maximum over each device's part, and then over devices."""
         assert TIME not in axes, "the batch is not maximised over in parts"
         values = self._values
         own = values.new(values.type(node.outs))
-        self._emit(replace(node, outs=own), ids, [placement])
+        self.emission.emit(replace(node, outs=own), ids, [placement])
         values.place(node.outs, placement)
         shapes = (values.local_shape(own),)
         args = (Ref(own), self._in_order(set(axes)), "max")
-        self.code.append(Instruction("all_reduce", args, {}, node.outs, (), shapes, node.origin.where))
-
-    def _dims(self, call: Call) -> Dims | None:
-        if call.op is aten.reshape.default:
-            return reshape_inside(call, self._inside)
-        into_zeros = INTO_ZEROS.get(call.op)
-        rule = into_zeros if into_zeros and self._values.is_zero(call["self"].id) else rule_of(call.op)
-        return None if rule is None else rule(call)
-
-    def _inside(self, id_: int, dim: int) -> bool:
-        """Whether a reshape is to be split over an inner loop of the dim: where tensor parallelism wants it, where the
-        value lies so already, and where samples are not the first dim."""
-        if self._values.is_split_inside(id_, dim):
-            return True
-        for shard in self._values.shards(id_):
-            if shard.dim == dim:
-                return shard.blocks > 1 or (dim > 0 and set(shard.axes) <= set(self._batch_axes))
-        return False
+        self.emission.append(Instruction("all_reduce", args, {}, node.outs, (), shapes, node.origin.where))
 
     def _stays_partial(
         self,
@@ -342,6 +287,9 @@ class Placer:
             {a for a in axes - split if keeps_partial(op, inputs, outputs, [a in p.partial for p in placements])}
         )
 
+    def _at(self, id_: int) -> Placement:
+        return self._values.placement(id_)
+
     def _in_order(self, axes: set[str]) -> tuple[str, ...]:
         return tuple(a for a, _ in self._values.mesh.axes if a in axes) if axes else ()
 
@@ -352,7 +300,7 @@ class Placer:
         ids = [self._used(i, node) for i in call.input_ids]
         shared = set(range(len(ids))) - {p for lane in lanes for p in lane.inputs}
         for p in shared:
-            ids[p] = self.placed(self._summed(ids[p], (), origin), REPLICATE, origin)
+            ids[p] = self.emission.placed(self._summed(ids[p], (), origin), REPLICATE, origin)
         outputs: list[Placement] = [REPLICATE] * len(call.outputs)
         if call.op in _NORMS:
             ids = [self._summed(i, (), origin) for i in ids]
@@ -364,8 +312,8 @@ class Placer:
             for p, id_ in zip(lane.inputs, own, strict=True):
                 ids[p] = id_
         if call.op.name().startswith("aten::_fused_"):
-            ids = [self._dense(i, origin) for i in ids]
-        self._emit(node, ids, outputs)
+            ids = [self.emission.dense(i, origin) for i in ids]
+        self.emission.emit(node, ids, outputs)
 
     def _lane(self, call: Call, lane: Lane, own: list[int], shared: list[int], outputs: list[Placement]) -> list[int]:
         """How one element's tensors are to lie; notes in `outputs` where its results do."""
@@ -380,26 +328,16 @@ class Placer:
         dims = lane.dims(types, results)
         splits = () if dims is None else choose(dims, types, results, [self._at(i) for i in own])
         if dims is None or not splits:
-            own = [self.placed(i, Placement((), self._at(i).partial), origin) for i in own]
+            own = [self.emission.placed(i, Placement((), self._at(i).partial), origin) for i in own]
             for k in lane.outputs:
                 outputs[k] = Placement((), stays)
             return own
         for k, factors in zip(lane.outputs, dims.outputs, strict=True):
             outputs[k] = placement_of(factors, splits, stays)
         return [
-            self.placed(i, placement_of(f, splits, self._at(i).partial), origin)
+            self.emission.placed(i, placement_of(f, splits, self._at(i).partial), origin)
             for i, f in zip(own, dims.inputs, strict=True)
         ]
-
-    def _dense(self, id_: int, origin: Origin) -> int:
-        """Value `id_` in memory of its own order: kernels of fused optimizers walk through it from end to end."""
-        if id_ not in self._strided:
-            return id_
-        out = self._values.new(self._values.type(id_), self._at(id_))
-        shapes = (self._values.local_shape(out),)
-        kwargs = {"memory_format": torch.contiguous_format}
-        self.code.append(Instruction(str(aten.clone.default), (Ref(id_),), kwargs, out, (), shapes, origin.where))
-        return out
 
     def _add_norms(self, node: Node, ids: Sequence[int]) -> None:
         """Norms of tensors some of which lie in parts, one by one: first all sums, so that devices can exchange them
@@ -417,82 +355,14 @@ class Placer:
             for step in part[-_AFTER_SUM:]:
                 self.add(step)
 
-    # -- changing a value's placement
-
-    def _made_in_part(self, id_: int, wanted: Placement) -> int | None:
-        """A value made from numbers alone: every device makes its own part, rather than a slice of the whole."""
-        key = (id_, wanted, None)
-        node = self._constants.get(id_)
-        if key in self._elsewhere or node is None or self._at(id_) != REPLICATE or not isinstance(node.outs, int):
-            return self._elsewhere.get(key)
-        call = Call(node, self._values.types)
-        dims = self._dims(call)
-        if dims is None:
-            return None
-        splits = tuple(split_for(dims.outputs[0], s) for s in wanted.shards)
-        if any(s is None or (s.blocks > 1 and dims.starts) for s in splits):
-            return None
-        chosen = tuple(s for s in splits if s is not None)
-        if meet(dims, chosen):
-            return None
-        ids = [
-            self.placed(i, placement_of(f, chosen), node.origin)
-            for i, f in zip(call.input_ids, dims.inputs, strict=True)
-        ]
-        out = self._elsewhere[key] = self._values.new(self._values.type(id_))
-        local = localised(node, dims, chosen)
-        self._emit(Node(local.op, local.args, local.kwargs, out, node.origin), ids, [wanted])
-        return out
+    # -- what is known and said of nodes
 
     def _remember(self, call: Call) -> None:
         """Note what is made from numbers alone, what is zero, and what is a weight as it is."""
         node = call.node
-        if (node.op in _CASTS or is_view(str(node.op))) and self._trained.issuperset(call.input_ids):
+        if (node.op in CASTS or is_view(str(node.op))) and self._trained.issuperset(call.input_ids):
             self._trained.update(flat_ids(node.outs))
-        if node.op is aten.full.default and node.args[1] == 0:
-            self._values.mark_zero(node.outs)
-        if all(i in self._constants for i in call.input_ids):
-            self._constants.update((i, node) for i in flat_ids(node.outs))
-
-    # -- emission
-
-    def _emit(self, node: Node, ids: Sequence[int], outputs: Sequence[Placement]) -> None:
-        """Append `node` with `ids` as its tensor arguments, in order."""
-        outs = list(flat_ids(node.outs))
-        for out, placement in zip(outs, outputs, strict=True):
-            self._values.place(out, placement)
-            self._phases[out] = node.origin.phase
-        if node.op in _CASTS and ids[0] in self.stored and node.origin.phase != "optimizer":
-            self.stored.update(outs)
-        replaced = iter(self._walkable(node, ids))
-        args, kwargs = map_args(
-            (node.args, node.kwargs), lambda leaf: Ref(next(replaced)) if isinstance(leaf, Ref) else leaf
-        )
-        shapes = tuple(self._values.local_shape(o) for o in outs)
-        self._append(Instruction(str(node.op), args, kwargs, node.outs, (), shapes, node.origin.where))
-
-    def _walkable(self, node: Node, ids: Sequence[int]) -> Sequence[int]:
-        """`ids` with those that the kernel takes to lie densely brought to lie so. Where they do, which is
-        seen when the program runs, nothing is done."""
-        walked = WALKED.get(node.op)
-        if walked is None:
-            return ids
-        names = Call(node, self._values.types).input_names
-        return [self._contiguous(i, node.origin) if n in walked else i for i, n in zip(ids, names, strict=True)]
-
-    def _contiguous(self, id_: int, origin: Origin) -> int:
-        out = self._values.new(self._values.type(id_), self._at(id_))
-        shapes = (self._values.local_shape(out),)
-        self.code.append(Instruction(str(aten.contiguous.default), (Ref(id_),), {}, out, (), shapes, origin.where))
-        return out
-
-    def _append(self, instruction: Instruction) -> None:
-        if is_view(instruction.op):
-            self._strided.update(flat_ids(instruction.outs))
-        self.code.append(instruction)
-
-    def _at(self, id_: int) -> Placement:
-        return self._values.placement(id_)
+        self.emission.remember(call)
 
     def _note(self, call: Call) -> None:
         """Say once for each operator that it is computed whole on every device."""

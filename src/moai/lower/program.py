@@ -25,11 +25,11 @@ xs a tuple of Refs of one dtype; dim, sizes and blocks are those of the Shard (o
     all_reduce_start(xs, axes, in_place=True) -> handle the xs are all tensors of a bucket, and become the sums; nobody
                                                  touches them before the wait, which returns an empty tuple
 
-Messages between stages, from a device to the one with the same coordinates but for "pp". All that a stage sends to
-another is received there in the order in which it was sent. xs are of one dtype.
+Messages between stages, from a device to the one with the same coordinates but for "pp". xs are of one dtype. `nth`
+counts all messages that `stage` sends to this one in a run, in the order in which it sends them.
 
     send(xs, stage)                              in the background: the xs may be freed or overwritten at once
-    receive(stage, shapes, dtype)             -> tuple of tensors in fresh memory; waits for them
+    receive(stage, nth, shapes, dtype)        -> tuple of tensors in fresh memory; waits for them
 
 The loop over micro-batches. The instructions between repeat and its end_repeat run `mesh.steps` times; what a pass
 defines is gone after it, but for what the instructions below hand on. There are no loops inside of loops. In a

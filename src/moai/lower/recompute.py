@@ -68,12 +68,14 @@ def recomputed(
     outputs: Sequence[int],
     level: Recompute,
     budget: int | None = None,
+    staged: bool = False,
 ) -> tuple[list[Node], list[TensorType]]:
     """The nodes and types with recomputation of `level`. Ids of `types` stay; those of new values come behind them.
 
     "none": no change. "full": only what the next layers read is kept. "default": what is expensive to compute is kept,
     and as much of the rest as `budget` bytes have room for (None: none of it); what saves the most bytes for the least
-    work is given up first. A graph without a backward stays as it is.
+    work is given up first. A graph without a backward stays as it is. `staged`: layers may be on stages of their own,
+    so that what one gives to the next is kept: else the last one's could be made again from the first one on.
 
     Outputs, what the optimizer reads, and weights in another dtype are made once, in the forward.
     """
@@ -83,7 +85,8 @@ def recomputed(
     if level == "full":
         rewrite = _Rewrite(activations, *_layer_inputs(activations))
     else:
-        rewrite = _Rewrite(activations, _kept_under(activations, budget), {})
+        handed_on = _handed_on(activations, _parts(activations)[0]) if staged else set()
+        rewrite = _Rewrite(activations, _kept_under(activations, budget) | handed_on, {})
     return needed(rewrite.nodes, outputs), rewrite.types
 
 
@@ -158,19 +161,9 @@ def _layer_inputs(activations: Activations) -> tuple[set[int], dict[int, list[in
 
     What follows the last layer of a block stays (a head and the loss, as a rule): its backward comes at once.
     """
-    starts: list[int] = []
-    lasting: set[int] = set()
-    for block in activations.blocks():
-        starts += [block[0], *cuts(activations, block)]
-        lasting.add(len(starts))
-
-    def part(at: int) -> int:
-        return bisect_right(starts, at)
-
-    kept = set(activations.alive)
-    for i in activations.steps:
-        own = part(i)
-        kept.update(r for r in activations.makes[i] if own in lasting or part(activations.last_forward.get(r, i)) > own)
+    part, lasting = _parts(activations)
+    kept = activations.alive | _handed_on(activations, part)
+    kept.update(r for i in activations.steps if part(i) in lasting for r in activations.makes[i])
     together: dict[int, list[int]] = {}
     layers: dict[int, list[int]] = {}
     for node, read in zip(activations.nodes, activations.reads, strict=True):
@@ -180,6 +173,22 @@ def _layer_inputs(activations: Activations) -> tuple[set[int], dict[int, list[in
                     together[v] = layers.setdefault(part(activations.maker[v]), [])
                     together[v].append(v)
     return kept, together
+
+
+def _parts(activations: Activations) -> tuple[Callable[[int], int], set[int]]:
+    """The layer of each step, by number, and the parts that follow the last layers of blocks."""
+    starts: list[int] = []
+    lasting: set[int] = set()
+    for block in activations.blocks():
+        starts += [block[0], *cuts(activations, block)]
+        lasting.add(len(starts))
+    return lambda at: bisect_right(starts, at), lasting
+
+
+def _handed_on(activations: Activations, part: Callable[[int], int]) -> set[int]:
+    """The roots that a layer makes and a later one reads."""
+    last = activations.last_forward
+    return {r for i in activations.steps for r in activations.makes[i] if part(last.get(r, i)) > part(i)}
 
 
 # ---------------------------------------------------------------------- default

@@ -1,7 +1,7 @@
 """What a step costs under a plan, read off the program that it is lowered to.
 
 In: the graph of a step and a plan. Out: an `Observation`: the device's work and memory for the step with few layers and
-with one more. Of a deep model no more than those few layers are lowered.
+with one more. Of a deep model no more than those few layers are lowered. Of stages: see `stage_sampling`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from moai.lower.cleanup import uses
 from moai.lower.depth.steps import Identical, with_units
 from moai.lower.holding import Known, held
 from moai.lower.inputs import global_batch
-from moai.lower.lowering import Spelled, fitted, lowered, spelled
+from moai.lower.lowering import Lowered, Spelled, fitted, lowered, spelled
 from moai.lower.operators import is_view
 from moai.lower.peak import peak_bytes
 from moai.lower.program import Program
+from moai.lower.stage_sampling import observed_stages
+from moai.lower.stages.cut import layers_of
 from moai.lower.tasks import shapes_of, tasks, tasks_at
 from moai.lower.unhindered import without_collections
 from moai.plan.plan import Plan, Precision, Recompute
-from moai.plan.work import Held, Observation, Task, Work
+from moai.plan.work import Held, Observation, Stages, Task, Work
 
 # Units of depth that are lowered, and one more: the first and the last are special, and so may be the one beside them,
 # where messages go over from one to the other. Of large ones, they do not, unless they are gathered ahead of time.
@@ -40,22 +42,26 @@ _A_LAYER = 1.5
 _SUMS = ("all_reduce_start", "reduce_scatter_start")
 
 
-def layers(graph: StepGraph, given: Sequence[Placement | None]) -> int:
-    """How many layers repeat in all that is observed of the step: 0 where too few do."""
-    few = with_units(graph, given, _UNITS + 1)
-    return 0 if few is None else _UNITS + 1 + few.deeper
+def layers(graph: StepGraph) -> int:
+    """About how many layers the forward has, for the most stages: 0 where it does not repeat."""
+    forward = [node for node in graph.nodes if node.origin.phase == "forward"]
+    steps = [(id(node.op), *(graph.types[o] for o in flat_ids(node.outs))) for node in forward]
+    found = layers_of(steps, [0] * len(steps))
+    return 0 if found is None else found.count
 
 
 @lru_cache(maxsize=9)
-def _spelled(identical: Identical, precision: Precision | None, recompute: Recompute, splits_samples: bool) -> Spelled:
+def _spelled(
+    identical: Identical, precision: Precision | None, recompute: Recompute, splits_samples: bool, staged: bool
+) -> Spelled:
     """Kept for the next plan: of three depths, three levels."""
-    return spelled(identical.graph, precision, recompute, splits_samples)
+    return spelled(identical.graph, precision, recompute, splits_samples, staged)
 
 
 @without_collections()
 def observe(
     graph: StepGraph, plan: Plan, given: Sequence[Placement | None] | None = None, fused: bool = False
-) -> Observation:
+) -> Observation | Stages:
     """`given`: as for `lower`; nothing is on the devices, by default. `fused`: whether regions are compiled.
 
     Raises PlanError and RuntimeError as `lower` does.
@@ -63,6 +69,8 @@ def observe(
     given = [None] * len(graph.inputs) if given is None else given
     plan = fitted(graph, plan, given)
     samples = global_batch(graph, given) / (plan.dp * plan.micro)
+    if plan.pp > 1:
+        return observed_stages(graph, plan, given, _lowered, samples, fused)
     units = _units(graph, plan, given)
     few, more = (with_units(graph, given, n) for n in (units, units + 1))
     if few is None or more is None:
@@ -114,9 +122,13 @@ def few_layers(graph: StepGraph, plan: Plan) -> FewLayers:
     return FewLayers(program, *tasks_at(program, known.types, known.phases))
 
 
+def _lowered(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Lowered:
+    begun = _spelled(Identical(graph), plan.precision, plan.recompute, plan.splits_samples, plan.pp > 1)
+    return lowered(graph, plan, given, begun)
+
+
 def _known(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]) -> Known:
-    begun = _spelled(Identical(graph), plan.precision, plan.recompute, plan.splits_samples)
-    return Known.of(graph, lowered(graph, plan, given, begun))
+    return Known.of(graph, _lowered(graph, plan, given))
 
 
 def _work(known: Known, samples: float, fused: bool) -> Work:

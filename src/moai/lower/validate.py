@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,10 +27,12 @@ from moai.lower.held_memory import HeldMemory, memory_of
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.lower.program_order import runs
-from moai.lower.stages.exchange_check import Event, misfit
+from moai.lower.stages.exchange_check import misfit
+from moai.lower.stages.mail import Mail
 from moai.lower.values import local_lengths
 
 _META = torch.device("meta")
+Tensors = tuple[torch.Tensor, ...]
 
 
 class InvalidProgram(RuntimeError):
@@ -58,7 +60,7 @@ def validate(
         walks = [_Walk(program.of(s), program.mesh.at_stage(rank, s), types or {}) for s in range(len(program.stages))]
         for walk in walks:
             walk.run()
-        reason = misfit([walk.events() for walk in walks])
+        reason = misfit([walk.mail.events(walk.same_as) for walk in walks])
         if reason is not None:
             raise InvalidProgram(f"program {program.name}: {reason}. This is a bug of MoAI, please report it")
 
@@ -73,7 +75,7 @@ class _Walk:
         self._types = {**types, **{s.id: s.type for s in (*program.inputs, *program.outputs)}}
         self._at = self._mesh.coordinates(rank)
         self._step: int | None = None  # the pass; None outside of loops
-        self._same_as = self._passes()
+        self.same_as = self._passes()
         self._index = -1
         self._values: dict[int, Any] = {}  # tensors, lists as tensors by pass, handles
         self._claims: dict[int, tuple[Any, ...]] = {}
@@ -82,7 +84,7 @@ class _Walk:
         self._under_way: set[int] = set()  # memory that collectives work in
         self._of_pass: set[int] = set()
         self._borrowed = {s.id for s in program.inputs if not s.donated}
-        self._messages: dict[tuple[int, int | None], Event] = {}  # by instruction and pass
+        self.mail = Mail(program)
 
     def run(self) -> None:
         for slot in self._program.inputs:
@@ -91,7 +93,7 @@ class _Walk:
         for part, step in runs(self._program):
             if step is None:
                 self._leave_loop()
-            elif step != self._same_as[step]:
+            elif step != self.same_as[step]:
                 continue
             else:
                 self._step, self._at = step, self._mesh.coordinates(self._rank, step)
@@ -106,15 +108,6 @@ class _Walk:
         self._leave_loop()
         self._check_end()
 
-    def events(self) -> list[Event]:
-        """All that was sent and received, in every pass."""
-        keys = (
-            (index, None if step is None else self._same_as[step])
-            for part, step in runs(self._program)
-            for index in part
-        )
-        return [self._messages[key] for key in keys if key in self._messages]
-
     def _leave_loop(self) -> None:
         self._step, self._at = None, self._mesh.coordinates(self._rank)
 
@@ -125,7 +118,9 @@ class _Walk:
 
     def _passes(self) -> list[int]:
         """For each pass the first that has the same numbers; the first one of a loop begins its sums, and is alone."""
-        numbers = {n for i in self._program.instructions for n in per_ranks((i.args, i.kwargs, i.shapes))}
+        code = self._program.instructions
+        differing = (i.args[2:] if i.op == "receive" else i.args for i in code)  # every message has its own number
+        numbers = {n for i, args in zip(code, differing, strict=True) for n in per_ranks((args, i.kwargs, i.shapes))}
         timed = [n for n in numbers if TIME in n.axes]
         first: dict[Any, int] = {}
         found = []
@@ -366,19 +361,18 @@ class _Walk:
 
     # -- messages
 
-    def _send(self, _: Instruction, xs: tuple[torch.Tensor, ...], stage: int) -> None:
+    def _send(self, _: Instruction, xs: Tensors, stage: int) -> None:
         if len({x.dtype for x in xs}) != 1 or stage not in range(self._mesh.n_stages):
             raise self._problem("tensors of one dtype are sent to one of the stages")
-        self._note_message("send", stage, xs)
+        self._note_message(xs)
 
-    def _receive(self, _: Instruction, stage: int, shapes: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def _receive(self, _: Instruction, stage: int, nth: int, shapes: Any, dtype: torch.dtype) -> Tensors:
         received = tuple(self._fresh(shape, dtype) for shape in shapes)
-        self._note_message("receive", stage, received)
+        self._note_message(received)
         return received
 
-    def _note_message(self, kind: Literal["send", "receive"], stage: int, xs: Sequence[torch.Tensor]) -> None:
-        what = tuple((tuple(x.shape), x.dtype) for x in xs)
-        self._messages[self._index, self._step] = Event(kind, stage, what)
+    def _note_message(self, xs: Tensors) -> None:
+        self.mail.note(self._index, self._step, tuple((tuple(x.shape), x.dtype) for x in xs))
 
     # -- what loops hand on
 
@@ -410,9 +404,9 @@ class _Walk:
         return entries.pop(step)
 
     def _join(self, instruction: Instruction, entries: dict[int, torch.Tensor], dim: int) -> torch.Tensor:
-        if not set(self._same_as) <= set(entries):
+        if not set(self.same_as) <= set(entries):
             raise self._problem("some passes have made no entry")
-        return torch.cat([entries[step] for step in self._same_as], dim)
+        return torch.cat([entries[step] for step in self.same_as], dim)
 
 
 def _described(x: Any) -> str:

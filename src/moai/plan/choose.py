@@ -20,13 +20,15 @@ _OPTIONS = "torch.moreh.option"
 @dataclass(frozen=True, slots=True)
 class ChosenPlan:
     """A plan. `origin`: who asked for it, in words for an error; `asked_for`: whether anybody did; `notes`: lines that
-    the log should have beside the plan; `allowed`: what the script leaves to a search, until whose end `plan` holds."""
+    the log should have beside the plan; `warning`: what will be slow about it; `allowed`: what the script leaves to a
+    search, until whose end `plan` holds."""
 
     plan: Plan
     origin: str
     asked_for: bool
     notes: tuple[str, ...] = ()
     allowed: Allowed | None = None
+    warning: str = ""
 
 
 def choose(
@@ -41,7 +43,7 @@ def choose(
     if forced is not None:
         plan = parse(forced, n_devices)
         notes = () if options is None else _ignored(plan, options, bf16_is_faster)
-        return ChosenPlan(plan, f'{VARIABLE}="{forced}"', True, notes)
+        return ChosenPlan(plan, f'{VARIABLE}="{forced}"', True, notes, warning=_waiting(plan))
     plan = Plan(dp=n_devices, precision=_precision(options, bf16_is_faster))
     if options is None:
         return ChosenPlan(plan, f'The plan "{plan}"', False)
@@ -51,6 +53,12 @@ def choose(
 
 def _precision(options: Options | None, bf16_is_faster: Callable[[], bool]) -> Precision | None:
     return "bf16" if options is not None and options.mixed_precision and bf16_is_faster() else None
+
+
+def _waiting(plan: Plan) -> str:
+    if plan.micro >= plan.pp:
+        return ""
+    return f"There are fewer micro-batches ({plan.micro}) than stages ({plan.pp}): some stages always wait for others."
 
 
 def _on_precision(plan: Plan, options: Options) -> tuple[str, ...]:
@@ -68,6 +76,8 @@ def _ignored(plan: Plan, options: Options, bf16_is_faster: Callable[[], bool]) -
         "num_micro_batches": micro not in ("auto", plan.micro),
         "activation_recomputation": again not in ("auto", plan.recompute != "none"),
         "distribute_parameter": spread not in ("auto", plan.distribute_param),
+        "pipeline_parallel": not options.pipeline_parallel and plan.pp > 1,
+        "num_stages": options.num_stages != "auto" and plan.pp > options.num_stages,
         "mixed_precision": (_precision(options, bf16_is_faster) == "bf16") != (plan.precision == "bf16"),
     }
     names = [f"{name}={getattr(options, name)}" for name, contradicts in said.items() if contradicts]

@@ -1,7 +1,7 @@
 """What a step of a model costs under a plan: seconds by part, and the memory of the fullest device.
 
-In: the model's work on one device (a Sample), the plan, and what its tasks take (Timings). Out: a Prediction, read by
-the search and printed by the commands.
+In: the model's work on one device (a Sample), or on the devices of its stages (Stages), the plan, and what its tasks
+take (Timings). Out: a Prediction, read by the search and printed by the commands.
 
     lanes      A device computes in one lane and sends in another. A message begins when computing reaches it; computing
                waits where its result is needed. What is waited for is exposed; a part of what is not slows computing.
@@ -13,19 +13,21 @@ the search and printed by the commands.
                has v chunks of the layers: the bubble of 1F1B and of its interleaved form (Narayanan et al., "Efficient
                Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC21, sections 2.2.1, 2.2.2).
     memory     Stage s of 1F1B holds the activations of min(m, S - s) micro-batches (the same, section 2.2.1).
+    layers     They are dealt to stages one by one: to the one that is soonest done and has room for it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from moai.plan.plan import Plan
 from moai.plan.timings import Group, Timings
-from moai.plan.work import AXES, KINDS, MESSAGES, PHASES, Memory, Sample, Task, Work
+from moai.plan.work import AXES, KINDS, MESSAGES, PHASES, Memory, Sample, Stages, StageWork, Task, Work
 
 # The p of the soft maximum of host and device: at equal times a phase takes 1.19 times as long as either.
 SOFTNESS = 4.0
@@ -90,33 +92,38 @@ class Prediction:
 
 
 def predict(
-    sample: Sample,
+    sample: Sample | Stages,
     plan: Plan,
     timings: Timings,
     groups: Mapping[str, Group],
     *,
     interleave: int = 1,
     dealt: Sequence[int] | None = None,
+    budget_bytes: float = math.inf,
 ) -> Prediction:
     """The step of the model that `sample` describes. `interleave`: chunks of layers a device has, of the v of 1F1B's
     interleaved form. `dealt`: how many layers each stage has; without it they are dealt so that the slowest stage is as
-    fast as can be.
+    fast as can be where no device holds more than `budget_bytes`, if there is such a way.
 
     Raises ValueError where there are not enough layers for the stages.
     """
-    less, more = (_ledger(work, plan, timings, groups) for work in (sample.less, sample.more))
-    layer = more - less
-    rest = less - sample.layers * layer
-    first = np.zeros_like(rest)
-    first[:, 0], rest[:, 0] = rest[:, 0], 0.0
+    if isinstance(sample, Stages):
+        layer, ends = _ledgers_of_stages(sample, plan, timings, groups)
+        n_layers, most = sample.layers, _most_layers(sample, plan, budget_bytes)
+    else:
+        layer, ends = _ledgers(sample, plan, timings, groups)
+        n_layers, most = sample.layers + sample.deeper, [math.inf] * plan.pp
     hops = _hops(sample, plan, timings, groups, interleave)
-    ends = [(s == 0) * first + (s == plan.pp - 1) * rest + hops for s in range(plan.pp)]
+    ends = [end + hops for end in ends]
     if dealt is None:
-        dealt = _deal([_looped_s(end) for end in ends], _looped_s(layer), sample.layers + sample.deeper)
-    elif len(dealt) != plan.pp or sum(dealt) != sample.layers + sample.deeper:
-        raise ValueError(f"{list(dealt)} does not deal {sample.layers + sample.deeper} layers to {plan.pp} stages.")
+        dealt = _deal([_looped_s(end) for end in ends], _looped_s(layer), n_layers, most)
+    elif len(dealt) != plan.pp or sum(dealt) != n_layers:
+        raise ValueError(f"{list(dealt)} does not deal {n_layers} layers to {plan.pp} stages.")
     times = [_Times.of(end + n * layer) for end, n in zip(ends, dealt, strict=True)]
-    memories = [_memory(sample, plan, interleave, s, n) for s, n in enumerate(dealt)]
+    if isinstance(sample, Stages):
+        memories = [_stage_memory(sample, plan, s, n) for s, n in enumerate(dealt)]
+    else:
+        memories = [_memory(sample, plan, interleave, s, n) for s, n in enumerate(dealt)]
     slowest = max(times, key=lambda stage: stage.looped_s)
     latest = max(times, key=lambda stage: stage.once_s)
     bubble = (sum(stage.looped_s for stage in times) - slowest.looped_s) / interleave
@@ -126,6 +133,32 @@ def predict(
         for n, t, memory in zip(dealt, times, memories, strict=True)
     ]
     return Prediction(parts.total, parts, max(memories, key=lambda memory: memory.total), tuple(stages))
+
+
+def _ledgers(
+    sample: Sample, plan: Plan, timings: Timings, groups: Mapping[str, Group]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The ledger of a layer, and that of each stage without its layers."""
+    less, more = (_ledger(work, plan, timings, groups) for work in (sample.less, sample.more))
+    layer = more - less
+    rest = less - sample.layers * layer
+    first = np.zeros_like(rest)
+    first[:, 0], rest[:, 0] = rest[:, 0], 0.0
+    return layer, [(s == 0) * first + (s == plan.pp - 1) * rest for s in range(plan.pp)]
+
+
+def _ledgers_of_stages(
+    stages: Stages, plan: Plan, timings: Timings, groups: Mapping[str, Group]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The same, of a pipeline that was looked at."""
+    first, middle, deeper, last = (
+        _ledger(each.work, plan, timings, groups) for each in (stages.first, stages.middle, stages.deeper, stages.last)
+    )
+    layer = (deeper - middle) / (stages.deeper.layers - stages.middle.layers)
+    begin = first - stages.first.layers * layer
+    between = middle - stages.middle.layers * layer
+    end = last - stages.last.layers * layer
+    return layer, [begin, *[between] * (plan.pp - 2), end]
 
 
 def _ledger(work: Work, plan: Plan, timings: Timings, groups: Mapping[str, Group]) -> np.ndarray:
@@ -244,7 +277,9 @@ def _parts(columns: np.ndarray, bubble: float) -> Parts:
     )
 
 
-def _hops(sample: Sample, plan: Plan, timings: Timings, groups: Mapping[str, Group], interleave: int) -> np.ndarray:
+def _hops(
+    sample: Sample | Stages, plan: Plan, timings: Timings, groups: Mapping[str, Group], interleave: int
+) -> np.ndarray:
     """The columns of a stage's messages to its neighbours: for each chunk of layers one forward and one backward. With
     several chunks a stage computes another one meanwhile."""
     ledger = np.zeros((2, 2, len(PHASES), _COLUMNS))
@@ -259,19 +294,67 @@ def _hops(sample: Sample, plan: Plan, timings: Timings, groups: Mapping[str, Gro
     return ledger
 
 
-def _deal(ends: Sequence[float], layer: float, n_layers: int) -> list[int]:
+def _deal(ends: Sequence[float], layer: float, n_layers: int, most: Sequence[float]) -> list[int]:
     """How many of `n_layers` equal layers each stage has beside what its end takes: one after another to the stage that
-    is the soonest done with it, which for equal layers makes the slowest stage as fast as can be."""
+    is the soonest done with it, which for equal layers makes the slowest stage as fast as can be. A stage has room for
+    `most` of them; what nobody has room for is dealt all the same."""
     if len(ends) > 1 and n_layers < len(ends):
         raise ValueError(f"{n_layers} repeating layers cannot be dealt to {len(ends)} pipeline stages.")
     dealt = [int(len(ends) > 1)] * len(ends)  # a stage without layers would be none
     queue = [(end + dealt[s] * layer, s) for s, end in enumerate(ends)]
     heapq.heapify(queue)
+    full = []
     for _ in range(n_layers - sum(dealt)):
+        while queue and dealt[queue[0][1]] >= most[queue[0][1]]:
+            full.append(heapq.heappop(queue))
+        if not queue:
+            queue, most = full, [math.inf] * len(ends)
+            heapq.heapify(queue)
         seconds, s = queue[0]
         dealt[s] += 1
         heapq.heapreplace(queue, (seconds + layer, s))
     return dealt
+
+
+def _held_by(stages: Stages, plan: Plan, stage: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a device of a stage without layers would hold at each place, and what it holds for each layer."""
+    kind, ahead = _kind(stages, plan, stage), _in_flight(plan, 1, stage) - 1
+    few, many = stages.middle, stages.deeper
+    layer = (many.held.total - few.held.total + ahead * (many.waiting - few.waiting)) / (many.layers - few.layers)
+    return kind.held.total + ahead * kind.waiting - kind.layers * layer, layer
+
+
+def _kind(stages: Stages, plan: Plan, stage: int) -> StageWork:
+    return stages.first if stage == 0 else stages.last if stage == plan.pp - 1 else stages.middle
+
+
+def _most_layers(stages: Stages, plan: Plan, budget_bytes: float) -> list[float]:
+    """How many layers each stage has room for."""
+    if budget_bytes == math.inf:
+        return [math.inf] * plan.pp
+    found = []
+    for stage in range(plan.pp):
+        beside, layer = _held_by(stages, plan, stage)
+        found.append(float(np.min((budget_bytes - beside) / np.maximum(layer, 1.0))))
+    return [float(math.floor(n)) for n in found]
+
+
+def _stage_memory(stages: Stages, plan: Plan, stage: int, n_layers: int) -> Memory:
+    """What a device of a stage holds where it holds the most."""
+    kind, few, many = _kind(stages, plan, stage), stages.middle, stages.deeper
+    beside, layer = _held_by(stages, plan, stage)
+    place = int(np.argmax(beside + n_layers * layer))
+    more = (n_layers - kind.layers) / (many.layers - few.layers)
+
+    def grown(value: Callable[[StageWork], float]) -> float:
+        return max(0.0, value(kind) + more * (value(many) - value(few)))
+
+    ahead = _in_flight(plan, 1, stage) - 1
+    parameters, states = grown(lambda each: each.held.parameters), grown(lambda each: each.held.states)
+    gradients = grown(lambda each: float(each.held.gradients[place]))
+    activations = grown(lambda each: float(each.held.activations[place] + ahead * each.waiting[place]))
+    total = float(beside[place] + n_layers * layer[place])
+    return Memory(parameters, gradients, states, activations, total - parameters - states - gradients - activations)
 
 
 def _memory(sample: Sample, plan: Plan, interleave: int, stage: int, n_layers: int) -> Memory:
@@ -292,6 +375,8 @@ def _memory(sample: Sample, plan: Plan, interleave: int, stage: int, n_layers: i
 def _in_flight(plan: Plan, interleave: int, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once. A stage of several chunks has begun so many of them
     before its first backward (Narayanan et al., SC21; Megatron-LM, `schedules.py`)."""
+    if plan.schedule == "gpipe":
+        return plan.micro
     behind = plan.pp - stage
     if interleave == 1:
         return min(plan.micro, behind)

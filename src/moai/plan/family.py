@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from moai.plan.plan import Plan
-from moai.plan.work import Held, Observation, Sample, Work
+from moai.plan.work import Held, Observation, Sample, Stages, StageWork, Work
 
-Observe = Callable[[Plan], Observation]
+Observed = Observation | Stages
+Observe = Callable[[Plan], Observed]
 
 # What may differ between the plans of a family, in numbers; everything else of a Work has to be the same.
 _MEASURES = ("flops", "bytes", "m", "n", "k", "message")
@@ -31,14 +32,14 @@ class Family:
     def __init__(self, observe: Observe, batch: int) -> None:
         self._observe = observe
         self._batch = batch
-        self._observed: dict[tuple[float, float], Observation] = {}
+        self._observed: dict[tuple[float, float], Observed] = {}
 
     @property
     def begun(self) -> bool:
         """Whether anything was observed."""
         return bool(self._observed)
 
-    def sample(self, plan: Plan) -> Sample:
+    def sample(self, plan: Plan) -> Sample | Stages:
         """The sample of one of the plans: observed, if it does not follow from what was observed before. Raises what
         observing it does."""
         known = self.known(plan)
@@ -47,7 +48,7 @@ class Family:
         self._observed[self._point(plan)] = found = self._observe(plan)
         return found.sample()
 
-    def known(self, plan: Plan) -> Sample | None:
+    def known(self, plan: Plan) -> Sample | Stages | None:
         """The sample of a plan, if it follows from what was observed."""
         point = self._point(plan)
         found = self._observed.get(point) or self._follows(point)
@@ -58,7 +59,7 @@ class Family:
         spread = plan.shard or plan.dp if plan.distribute_param else 1
         return self._batch / (plan.dp * plan.micro), 1.0 / spread
 
-    def _follows(self, point: tuple[float, float]) -> Observation | None:
+    def _follows(self, point: tuple[float, float]) -> Observed | None:
         """What observing `point` would give, where it lies in the plane, or on the line, of points that are known."""
         known = list(self._observed)
         if len(known) < 2:
@@ -71,49 +72,63 @@ class Family:
         if not all(_alike(first, other) for other in others):
             return None
         vector = weights @ np.stack([_vector(each) for each in self._observed.values()])
-        found = _rebuilt(first, np.maximum(vector, 0.0))
-        return replace(found, less=_of(found.less, point), more=_of(found.more, point))
+        return _rebuilt(first, _Numbers(np.maximum(vector, 0.0)), point[0])
 
 
-def _alike(a: Observation, b: Observation) -> bool:
+def _alike(a: Observed, b: Observed) -> bool:
     """Whether two observations are of one structure."""
-    works = ((a.less, b.less), (a.more, b.more))
-    same = all(np.array_equal(getattr(x, tag), getattr(y, tag)) for x, y in works for tag in _TAGS)
-    helds = ((a.held, b.held), (a.held_more, b.held_more))
-    return same and a.deeper == b.deeper and all(x.total.shape == y.total.shape for x, y in helds)
+    return type(a) is type(b) and all(map(_same, _parts(a), _parts(b)))
 
 
-def _parts(observation: Observation) -> list[tuple[Any, str]]:
-    """The fields with numbers, and whose they are."""
-    works = [(work, name) for work in (observation.less, observation.more) for name in _MEASURES]
-    helds = [(held, f.name) for held in (observation.held, observation.held_more) for f in fields(held)]
-    return [*works, *helds, (observation, "handed")]
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Work):
+        return all(np.array_equal(getattr(a, tag), getattr(b, tag)) for tag in _TAGS)
+    if isinstance(a, Held):
+        return bool(a.total.shape == b.total.shape)
+    return not isinstance(a, int) or bool(a == b)  # numbers of layers
 
 
-def _vector(observation: Observation) -> np.ndarray:
-    return np.concatenate([np.atleast_1d(getattr(whose, name)) for whose, name in _parts(observation)])
+def _parts(observation: Any) -> list[Any]:
+    """What an observation is made of, that of its stages too: Works, Helds and numbers."""
+    found: list[Any] = []
+    for f in fields(observation):
+        value = getattr(observation, f.name)
+        found += _parts(value) if isinstance(value, StageWork) else [value]
+    return found
 
 
-def _rebuilt(template: Observation, vector: np.ndarray) -> Observation:
-    """An observation of the same structure with the numbers of `vector`."""
-    at = 0
-    values: list[Any] = []
-    for whose, name in _parts(template):
-        old = getattr(whose, name)
-        length = np.size(old)
-        values.append(vector[at : at + length] if isinstance(old, np.ndarray) else float(vector[at]))
-        at += length
-    n, h = len(_MEASURES), len(fields(Held))
-    less, more, held, held_more = values[:n], values[n : 2 * n], values[2 * n : 2 * n + h], values[2 * n + h : -1]
-    return replace(
-        template,
-        less=replace(template.less, **dict(zip(_MEASURES, less, strict=True))),
-        more=replace(template.more, **dict(zip(_MEASURES, more, strict=True))),
-        held=Held(*held),
-        held_more=Held(*held_more),
-        handed=values[-1],
-    )
+def _vector(observation: Observed) -> np.ndarray:
+    return np.concatenate([np.atleast_1d(x) for part in _parts(observation) for x in _numbers(part)])
 
 
-def _of(work: Work, point: tuple[float, float]) -> Work:
-    return replace(work, samples=point[0])
+def _numbers(part: Any) -> list[Any]:
+    """What may differ between the plans of a family."""
+    if isinstance(part, Work):
+        return [getattr(part, name) for name in _MEASURES]
+    if isinstance(part, Held):
+        return [getattr(part, f.name) for f in fields(Held)]
+    return [] if isinstance(part, int) else [part]
+
+
+class _Numbers:
+    """A vector that is read from its begin."""
+
+    def __init__(self, vector: np.ndarray) -> None:
+        self._vector, self._at = vector, 0
+
+    def take(self, n: int) -> np.ndarray:
+        self._at += n
+        return self._vector[self._at - n : self._at]
+
+
+def _rebuilt(template: Any, numbers: _Numbers, samples: float) -> Any:
+    """What `template` is, with these numbers in place of its own, and so many samples."""
+    if isinstance(template, int):
+        return template
+    if isinstance(template, float):
+        return float(numbers.take(1)[0])
+    if isinstance(template, np.ndarray):
+        return numbers.take(template.size)
+    names = _MEASURES if isinstance(template, Work) else [f.name for f in fields(template)]
+    found = {name: _rebuilt(getattr(template, name), numbers, samples) for name in names}
+    return replace(template, **found, **({"samples": samples} if isinstance(template, Work) else {}))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from moai.plan.plan import Plan, Recompute
+from moai.plan.plan import Plan, Recompute, Schedule
 
 _LEVELS: tuple[Recompute, ...] = ("none", "default", "full")
 _STATES = ((False, False), (True, False), (True, True))  # distribute_param, distribute_low_prec_param
@@ -32,6 +32,13 @@ def obstacle(plan: Plan, n_devices: int) -> str | None:
         return f"shard={plan.shard} needs distribute_param=true: it is how many devices the states are spread over"
     if plan.shard is not None and plan.dp % plan.shard:
         return f"shard={plan.shard} does not divide dp={plan.dp}"
+    if plan.schedule == "interleaved" and plan.pp == 1:
+        return "schedule=interleaved needs stages (pp=2 or more)"
+    if plan.schedule == "interleaved" and plan.chunks == 1:
+        return "chunks must be 2 or more: with one stage a device, it is schedule=1f1b"
+    if plan.layers is not None and (len(plan.layers) != plan.n_stages or plan.layers.count(0) > 1):
+        numbers = "+".join(map(str, plan.layers))
+        return f"layers={numbers} must have a number for each of {plan.n_stages} stages, and 0 for one of them at most"
     return None
 
 
@@ -63,6 +70,13 @@ def _possible(plan: Plan, n_devices: int) -> Iterator[Plan]:
     layouts = [(dp, pp) for dp, pp in product(_divisors(n_devices), stages) if n_devices % (dp * pp) == 0]
     for (dp, pp), states, level, n in product(layouts, _STATES, _LEVELS, parts):
         layout = replace(plan, dp=dp, tp=n_devices // (dp * pp), pp=pp)
+        if plan.schedule == "interleaved" and pp > 1:
+            layout = replace(layout, chunks=max(plan.chunks, 2))
+        else:
+            schedule: Schedule = "1f1b" if plan.schedule == "interleaved" else plan.schedule
+            layout = replace(layout, schedule=schedule, chunks=Plan().chunks)
+        if pp != plan.pp or obstacle(plan, plan.n_devices):
+            layout = replace(layout, layers=None)
         shards = [s for s in _divisors(dp) if s < dp] if plan.shard is not None and states[0] else []
         for shard in (None, *shards):
             yield _with(layout, states, level, n, shard)

@@ -17,15 +17,15 @@ from moai.plan.plan import Plan
 
 VARIABLE = "MOAI_PLAN"
 
-_COUNTS = ("dp", "tp", "pp", "micro", "shard")
+_COUNTS = ("dp", "tp", "pp", "micro", "shard", "chunks")
 _WORDS: dict[str, dict[str, Any]] = {
     "recompute": {"none": "none", "default": "default", "full": "full"},
     "distribute_param": {"true": True, "false": False},
     "distribute_low_prec_param": {"true": True, "false": False},
     "precision": {"fp32": "fp32", "bf16": "bf16", "fp64": "fp64"},
-    "schedule": {"1f1b": "1f1b", "gpipe": "gpipe"},
+    "schedule": {"1f1b": "1f1b", "gpipe": "gpipe", "zero_bubble": "zero_bubble", "interleaved": "interleaved"},
 }
-_KEYS = (*_COUNTS, *_WORDS)
+_KEYS = (*_COUNTS, *_WORDS, "layers")
 _MOST_DIGITS = 9
 _ALIKE = 0.8  # "micor" is like "micro", "fp16" is not like "fp64"
 
@@ -78,9 +78,19 @@ class _Reader:
         if known in self.values:
             self.mistakes.append(f"{known} is given twice")
             return
-        found = self._count(known, value) if known in _COUNTS else self._word(known, value)
+        found = self._layers(value) if known == "layers" else self._of(known, value)
         if found is not None:
             self.values[known] = found
+
+    def _of(self, key: str, value: str) -> Any:
+        return self._count(key, value) if key in _COUNTS else self._word(key, value)
+
+    def _layers(self, value: str) -> tuple[int, ...] | None:
+        parts = [part.strip() for part in value.split("+")]
+        if all(part.isascii() and part.isdigit() and len(part) <= _MOST_DIGITS for part in parts):
+            return tuple(map(int, parts))
+        self.mistakes.append(f"layers must be a number for each stage, with + between, not {value or 'nothing'}")
+        return None
 
     def _count(self, key: str, value: str) -> int | None:
         if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS and int(value) > 0:
@@ -113,4 +123,6 @@ def _obstacle(plan: Plan, values: dict[str, Any], n_devices: int) -> str | None:
     if "dp" not in values and n_devices % (plan.tp * plan.pp):
         sizes = " times ".join(f"{key}={size}" for key, size in (("tp", plan.tp), ("pp", plan.pp)) if size > 1)
         return f"{sizes} does not divide the {n_devices} devices of the accelerator"
+    if "chunks" in values and plan.schedule != "interleaved":
+        return f"chunks={plan.chunks} needs schedule=interleaved: it is how many stages a device has"
     return obstacle(plan, n_devices)

@@ -8,8 +8,10 @@ and no gradient is sent, and the optimizer is shared by all: no variant of it is
 many devices, it is taken from a split over few, whose messages are as long, with the rest of the work shared evenly.
 Once the bound is above what the best plan takes, so are all that follow. Of a layout's variants, one that computes more
 again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more, and is
-no faster. What is not chosen yet is predicted where that follows from what was observed for others; it is not worth an
-observation.
+no faster.
+
+Stages share the layers, and the bound is that of a step which they share evenly. A plan with stages is asked about only
+where it may be so much faster than the best without that it would be taken.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -28,7 +31,7 @@ from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
 from moai.plan.space import RECOMPUTE, Allowed, layouts, variants
 from moai.plan.timings import Group, Timings, groups
-from moai.plan.work import AXES, KINDS, MESSAGES, Memory, Sample, Task, Work
+from moai.plan.work import AXES, KINDS, MESSAGES, Memory, Sample, Stages, Task, Work
 
 # Of the time that computing again takes, so much is left at least where micro-batches are larger.
 _LARGER_MATRICES = 0.9
@@ -37,17 +40,16 @@ _LARGER_MATRICES = 0.9
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A plan that was considered. `dropped`: why it cannot be, or need not be asked; None for one that could be taken.
-    `runnable`: whether it may be chosen: plans with stages are not yet."""
+    What was predicted says how many layers each stage has, and so does the plan."""
 
     plan: Plan
     prediction: Prediction | None = None
     dropped: str | None = None
-    runnable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`best` is the one of `candidates` that is taken: runnable, within `budget_bytes` on each device, and the fastest.
+    """`best` is the one of `candidates` that is taken: within `budget_bytes` on each device, and the fastest.
     Candidates that could be taken come first, the fastest first. `tokens`: of a step, 0 where it is not known."""
 
     best: Candidate
@@ -98,7 +100,7 @@ def search(
     begin = time.monotonic()
     asked = _Search(step, cluster, timings, budget_bytes, allowed, base)
     candidates = asked.run(progress)
-    taken = [c for c in candidates if c.dropped is None and c.runnable]
+    taken = [c for c in candidates if c.dropped is None]
     if not taken:
         raise NoPlan(_reason(candidates, asked.lightest(), budget_bytes), candidates)
     seconds = time.monotonic() - begin
@@ -123,6 +125,7 @@ class _Search:
         self._layouts = [each for each in every if _any(each, allowed)]
         self._families: dict[Plan, Family] = {}
         self._best = float("inf")
+        self._best_whole = float("inf")  # without stages
         self._again: dict[Recompute, float] = {}  # device seconds of a step
         self._found: list[Candidate] = []
         self._fitting: dict[tuple[int, ...], list[Plan]] = {}  # by layout
@@ -131,9 +134,10 @@ class _Search:
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
         """All candidates, those that can be taken first, the fastest first."""
-        bounds = sorted(self._bounds(), key=lambda found: found[0].least_s)
+        found = sorted(self._bounds(), key=lambda found: found[0].least_s)
+        whole, staged = ([each for each in found if (each[1].pp > 1) == several] for several in (False, True))
         # What computes nothing again is mostly the fastest, and the sooner the fastest is known the less is asked.
-        for level in RECOMPUTE:
+        for bounds, level in product((whole, staged), RECOMPUTE):
             for done, (bound, layout) in enumerate(bounds):
                 progress(done, len(bounds))
                 for plan in self._of_level(layout, level):
@@ -144,10 +148,10 @@ class _Search:
     def lightest(self) -> tuple[Plan, float] | None:
         """The plan that needs the least memory of a device, and how many bytes that is: of those with the most
         micro-batches, the one that keeps the least."""
-        most: dict[tuple[int, int], Plan] = {}
+        most: dict[tuple[int, ...], Plan] = {}
         for layout in sorted(self._layouts, key=lambda each: each.micro):
-            if layout.pp == 1 and (allowed := list(self._variants(layout))):
-                most[layout.dp, layout.tp] = allowed[-1]
+            if allowed := list(self._variants(layout)):
+                most[layout.dp, layout.tp, layout.pp] = allowed[-1]
         found = []
         for plan in most.values():
             with suppress(PlanError, RuntimeError, ValueError):
@@ -165,7 +169,7 @@ class _Search:
         for bound, layout in bounds:
             for other in self._of_level(layout, plan.recompute):
                 spared = _does_less(plan, other) and bound.fits(plan, self._budget)
-                if other.pp == 1 and not spared and self._needless(other, bound) is None:
+                if not spared and self._needless(other, bound) is None:
                     yield other
 
     def _bounds(self) -> Iterator[tuple[_Bound, Plan]]:
@@ -175,17 +179,23 @@ class _Search:
                 yield self._bound(layout), layout
             except (PlanError, RuntimeError, ValueError) as error:
                 reason = error.reason if isinstance(error, PlanError) else str(error)
-                self._found += [Candidate(plan, None, reason, plan.pp == 1) for plan in self._variants(layout)]
+                self._found += [Candidate(plan, None, reason) for plan in self._variants(layout)]
 
     def _bound(self, layout: Plan) -> _Bound:
         few, sample = self._least_work(layout)
         among = layout.tp // few
         sample = _sharing_memory(sample, among)
-        found = predict(sample, layout, _Shared(self._timings, among), groups(layout, self._cluster))
+        whole = replace(layout, pp=1)
+        found = predict(sample, whole, _Shared(self._timings, among), groups(layout, self._cluster))
         parts = found.parts
         free = parts.dp_exposed + parts.slowdown + parts.optimizer * (1 - 1 / layout.dp)
+        looped = layout.micro * sum(stage.forward_s + stage.backward_s for stage in found.stages)
+        looped = max(0.0, looped - parts.dp_exposed - parts.slowdown)
+        once = max(0.0, found.step_s - free - looped)
+        turns = (layout.micro + layout.pp - 1) / layout.micro  # the stages' work, and the least bubble
+        least_s = (looped * turns + once) / layout.pp
         scattered = self._scattered_s(sample, layout)
-        return _Bound(found.step_s - free, scattered, found.memory, _kept(sample, layout))
+        return _Bound(least_s, scattered, found.memory * (1 / layout.pp), _kept(sample, layout))
 
     def _scattered_s(self, sample: Sample, layout: Plan) -> float:
         """What it costs at the least to sum gradients and leave each device its part. Behind a loop, nothing hides it;
@@ -200,25 +210,30 @@ class _Search:
     def _least_work(self, layout: Plan) -> tuple[int, Sample]:
         """For the fewest devices that share matrices, how many they are and what they do."""
         few = self._least(layout)
-        several = self._families.get(_structure(replace(few, dp=2, pp=1)))
+        several = self._families.get(_structure(replace(few, dp=2)))
         known = several.known(few) if several is not None else None
-        if known is not None:
+        if isinstance(known, Sample):
             return few.tp, known  # for one device, too: its sums take no time
         try:
             return few.tp, self._sample(few)
         except (PlanError, RuntimeError):
-            if few == layout:
+            whole = replace(layout, pp=1)
+            if few == whole:
                 raise
-            return layout.tp, self._sample(layout)
+            return layout.tp, self._sample(whole)
 
     def _least(self, layout: Plan) -> Plan:
         """The layout with the fewest devices that share matrices."""
         least = min((each.tp for each in self._layouts if each.tp > 1), default=1) if layout.tp > 1 else 1
-        return replace(layout, tp=least)
+        return replace(layout, tp=least, pp=1)
 
     def _sample(self, plan: Plan) -> Sample:
-        """What stages do is read off the program of one that has all layers."""
-        plan = replace(plan, pp=1)
+        """Of a plan without stages."""
+        found = self._observed(plan)
+        assert isinstance(found, Sample)
+        return found
+
+    def _observed(self, plan: Plan) -> Sample | Stages:
         family = self._families.setdefault(_structure(plan), Family(self._step.observe, self._step.batch))
         known = family.known(plan)
         if known is not None:
@@ -229,7 +244,6 @@ class _Search:
     def _expect(self, plan: Plan, family: Family) -> None:
         """Says that `plan` is asked for, and what probably will be afterwards."""
         for other in self._coming:
-            other = replace(other, pp=1)
             # A second plan of a family mostly tells about all others.
             tells = family.begun and _structure(other) == _structure(plan)
             if other != plan and not tells and self._known(other) is None:
@@ -237,14 +251,12 @@ class _Search:
                 return
 
     def _predicted(self, plan: Plan) -> Prediction:
-        return self._timed(self._sample(plan), plan)
+        over = groups(plan, self._cluster)
+        return predict(self._observed(plan), plan, self._timings, over, budget_bytes=self._budget)
 
-    def _known(self, plan: Plan) -> Sample | None:
-        family = self._families.get(_structure(replace(plan, pp=1)))
-        return None if family is None else family.known(replace(plan, pp=1))
-
-    def _timed(self, sample: Sample, plan: Plan) -> Prediction:
-        return predict(sample, plan, self._timings, groups(plan, self._cluster))
+    def _known(self, plan: Plan) -> Sample | Stages | None:
+        family = self._families.get(_structure(plan))
+        return None if family is None else family.known(plan)
 
     def _consider(self, plan: Plan, bound: _Bound) -> None:
         found = self._judged(plan, bound)
@@ -255,28 +267,30 @@ class _Search:
             self._seen.setdefault(_layout(plan), []).append((plan, found.prediction.step_s))
 
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
-        runnable = plan.pp == 1
         needless = self._needless(plan, bound)
         if needless is not None:
-            return Candidate(plan, None, needless, runnable)
-        if not runnable and self._known(plan) is None:
-            return Candidate(plan, None, f"not chosen yet: {self._least_s(plan, bound):.3g} s or more", runnable)
+            return Candidate(plan, None, needless)
         try:
             prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
-            return Candidate(plan, None, error.reason if isinstance(error, PlanError) else str(error), runnable)
+            return Candidate(plan, None, error.reason if isinstance(error, PlanError) else str(error))
         self._note(plan, prediction)
+        if plan.pp > 1:
+            plan = replace(plan, layers=tuple(stage.layers for stage in prediction.stages))
         if prediction.memory.total > self._budget:
-            return Candidate(plan, prediction, f"memory: {_size(prediction.memory.total)}", runnable)
-        if runnable:
-            self._best = min(self._best, prediction.step_s)
-        return Candidate(plan, prediction, None, runnable)
+            return Candidate(plan, prediction, f"memory: {_size(prediction.memory.total)}")
+        self._best = min(self._best, prediction.step_s)
+        if plan.pp == 1:
+            self._best_whole = min(self._best_whole, prediction.step_s)
+        return Candidate(plan, prediction)
 
     def _needless(self, plan: Plan, bound: _Bound) -> str | None:
         """Why the plan need not be asked, if that is known."""
         least_s, least_bytes = self._least_s(plan, bound), bound.least_bytes(plan)
         if least_s >= self._best * (1 + INDISTINCT):
             return f"slower: {least_s:.3g} s or more"
+        if plan.pp > 1 and least_s * (1 + INDISTINCT) >= self._best_whole:
+            return f"not faster than without stages: {least_s:.3g} s or more"
         if least_bytes > self._budget:
             return f"memory: {_size(least_bytes)} or more"
         lighter = self._without_need(plan)
@@ -385,7 +399,7 @@ def _any(layout: Plan, allowed: Allowed) -> bool:
 
 def _structure(plan: Plan) -> Plan:
     """Plans with the same one are lowered to programs that differ in lengths alone."""
-    return replace(plan, dp=min(plan.dp, 2), micro=2 if plan.micro > 1 else 1)
+    return replace(plan, dp=min(plan.dp, 2), pp=min(plan.pp, 2), micro=2 if plan.micro > 1 else 1)
 
 
 def _order(candidate: Candidate) -> tuple[object, ...]:
@@ -396,14 +410,13 @@ def _order(candidate: Candidate) -> tuple[object, ...]:
 
 
 def _reason(candidates: Sequence[Candidate], lightest: tuple[Plan, float] | None, budget_bytes: int) -> str:
-    runnable = [c for c in candidates if c.runnable]
-    if not runnable:
+    if not candidates:
         return "Nothing that is allowed can be chosen on these devices"
     if lightest is None:
-        return runnable[0].dropped or ""
+        return candidates[0].dropped or ""
     plan, nbytes = lightest
     if nbytes <= budget_bytes:  # the others were dropped for other reasons
-        return next((c.dropped for c in runnable if c.dropped), "")
+        return next((c.dropped for c in candidates if c.dropped), "")
     usable = f"of which {_size(budget_bytes)} may be used"
     return f'No plan fits: "{plan}" needs the least memory, {_size(nbytes)} a device, {usable}'
 

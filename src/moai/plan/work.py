@@ -161,6 +161,35 @@ class Held:
     before: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StageWork:
+    """What a device of a stage of `layers` layers does and holds; `held`: with one micro-batch under way. `waiting`:
+    bytes that each further one under way holds, at the same places."""
+
+    work: Work
+    held: Held
+    waiting: np.ndarray
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of a pipeline: the first one, the last one, and two of those between, of which `deeper` has more
+    layers than `middle`: by what these differ, all stages grow and shrink with their layers, of which there are
+    `layers`. `handed`: bytes that a stage gives to the next for a micro-batch, on each device."""
+
+    first: StageWork
+    middle: StageWork
+    deeper: StageWork
+    last: StageWork
+    layers: int
+    handed: float
+
+    def sample(self) -> Stages:
+        """Where a device holds the most depends on how layers are dealt: all places stay."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What a Sample is made of, with memory at every place of the step instead of at its peak: `held` of the step with

@@ -16,16 +16,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from moai.plan.errors import PlanError
-from moai.plan.family import Observe
+from moai.plan.family import Observe, Observed
 from moai.plan.plan import Plan
-from moai.plan.work import Observation
 
 # Longer than any observation takes: afterwards the other process is given up.
 _WAIT_SECONDS = 60.0
 _END_SECONDS = 5.0
 
 Expect = Callable[[Plan, Plan], None]
-_Answer = Observation | PlanError | RuntimeError
+_Answer = Observed | PlanError | RuntimeError
 
 
 @contextmanager
@@ -50,7 +49,7 @@ class _Both:
         self._asked: Plan | None = None  # what the other process is at
         self._answers: dict[Plan, _Answer] = {}
 
-    def observe(self, plan: Plan) -> Observation:
+    def observe(self, plan: Plan) -> Observed:
         if plan == self._asked:
             self._receive()
         answer = self._answers.pop(plan, None)

@@ -16,13 +16,14 @@ from pathlib import Path
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph
 from moai.lower import lower_cached
+from moai.lower.inputs import batch_sizes, global_batch
 from moai.lower.program import Program
 from moai.plan.cluster import Cluster
 from moai.plan.errors import PlanError
+from moai.plan.family import Observed
 from moai.plan.plan import Plan, Precision
 from moai.plan.search import Choice, NoPlan, Step, search
 from moai.plan.space import Allowed, plans
-from moai.plan.work import Observation
 from moai.planning import problem, remembered
 from moai.planning.budget import budget
 from moai.planning.detailed_log import report
@@ -48,10 +49,11 @@ Lowered = Callable[[Plan], Program]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """`program` runs the step under `plan`."""
+    """`program` runs the step under `plan`; `line`: how the log and the list of jobs show it."""
 
     plan: Plan
     program: Program
+    line: str
 
 
 class Planner:
@@ -71,7 +73,7 @@ class Planner:
     def choose(self, graph: StepGraph, given: Sequence[Placement | None], taken: int) -> Planned:
         """`taken`: bytes of a device that hold other things than the step's inputs. Raises NoPlan."""
         allowed, usable = self._allowed, self._budget - taken
-        sizes = problem.batch_sizes(graph)
+        sizes = batch_sizes(graph)
         if len(sizes) > 1:
             logger.warning("Various batch size detected : %s", ", ".join(map(str, sizes)))
             allowed = replace(allowed, most_stages=1)
@@ -87,8 +89,8 @@ class Planner:
             planned = self._first_that_fits(choice, taken, lambda plan: lower_cached(graph, plan, given))
             remembered.keep(name, _memory_of(choice, planned.plan, numbers))
         logger.info("Configuration for parallelism is selected.")
-        logger.info(planned.plan.line)
-        _dump(planned.plan)
+        logger.info(planned.line)
+        _dump(planned.line)
         logger.info("train: %s", str(graph.trains).lower())
         return planned
 
@@ -96,7 +98,8 @@ class Planner:
         logger.info("The number of candidates is %d.", known.candidates)
         logger.info("The number of possible candidates is %d.", known.possible)
         logger.info("This step was planned before on this hardware: its plan was found in %.0f [ms].", seconds * 1e3)
-        return Planned(known.plan, lower_cached(graph, known.plan, given))
+        line = known.plan.line(global_batch(graph, given))
+        return Planned(known.plan, lower_cached(graph, known.plan, given), line)
 
     def _search(self, step: Step, allowed: Allowed, usable: int) -> tuple[Choice, tuple[int, int]]:
         """The choice, with the numbers of candidates and of possible ones."""
@@ -117,7 +120,7 @@ class Planner:
                     lambda *_: waiting.advance(),
                 )
             except NoPlan as error:
-                report(error.candidates)
+                report(error.candidates, step.batch)
                 raise NoPlan(f"{error.reason}. {_ADVICE}", error.candidates) from None
         seconds = time.monotonic() - begin
         possible = sum(c.dropped is None or c.dropped.startswith("slower") for c in choice.candidates)
@@ -129,7 +132,7 @@ class Planner:
             "Elapsed Time to compute cost for survived candidates = %.0f [ms]", (seconds - compiling.seconds) * 1e3
         )
         logger.info("SelectBestGraphFromCandidates finished.")
-        report(choice.candidates)
+        report(choice.candidates, step.batch)
         return choice, (number, possible)
 
     def _tell_share(self, step: Step, choice: Choice) -> None:
@@ -140,14 +143,14 @@ class Planner:
 
     def _first_that_fits(self, choice: Choice, taken: int, lowered: Lowered) -> Planned:
         """The best plan whose program, now that all layers are lowered, fits beside the `taken` bytes."""
-        others = [c.plan for c in choice.candidates if c.dropped is None and c.runnable and c is not choice.best]
+        others = [c.plan for c in choice.candidates if c.dropped is None and c is not choice.best]
         for plan in [choice.best.plan, *others[:_TRIED]]:
             try:
                 program = lowered(plan)
             except PlanError:
                 continue
             if program.peak_bytes + taken <= self._memory_bytes:
-                return Planned(plan, program)
+                return Planned(plan, program, plan.line(choice.batch))
         raise NoPlan(f"No plan fits: those that nearly do need more when all is counted. {_ADVICE}", choice.candidates)
 
 
@@ -165,7 +168,7 @@ class _Stopwatch:
         self.seconds = 0.0
         self.step = replace(step, observe=lambda plan: self._timed(step, plan))
 
-    def _timed(self, step: Step, plan: Plan) -> Observation:
+    def _timed(self, step: Step, plan: Plan) -> Observed:
         begin = time.monotonic()
         try:
             return step.observe(plan)
@@ -173,11 +176,11 @@ class _Stopwatch:
             self.seconds += time.monotonic() - begin
 
 
-def _dump(plan: Plan) -> None:
+def _dump(line: str) -> None:
     """What was chosen, as the original leaves it in the working folder."""
     try:
         temporary = _DUMP.with_name(f".{_DUMP.name}.{os.getpid()}")
-        temporary.write_text(plan.line + "\n", encoding="utf-8")
+        temporary.write_text(line + "\n", encoding="utf-8")
         os.replace(temporary, _DUMP)
     except OSError as error:
         logger.debug("%s cannot be written: %s", _DUMP, error)

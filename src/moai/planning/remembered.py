@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph
@@ -53,7 +54,7 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Remembered | Non
     file = _folder(environ) / name
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = Remembered(Plan(**content.pop("plan")), **content)
+        found = Remembered(_plan(**content.pop("plan")), **content)
         os.utime(file)  # it is in use
     except FileNotFoundError:
         return None
@@ -61,6 +62,11 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Remembered | Non
         logger.debug("The plan in %s is of no use: %s", file, error)
         return None
     return found
+
+
+def _plan(layers: Sequence[int] | None, **others: Any) -> Plan:
+    """JSON knows no tuples."""
+    return Plan(**others, layers=None if layers is None else tuple(layers))
 
 
 def keep(name: str, found: Remembered, environ: Mapping[str, str] = os.environ) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from moai.graph.placement import Mesh, Placement, local_shape
+from moai.graph.placement import REPLICATE, Mesh, Placement, local_shape
 from moai.graph.step_graph import TensorType
 from moai.lower.program import Program
 from moai.platform.device import Device
@@ -239,7 +239,8 @@ class Accelerator:
             )
         mesh = in_space(program.mesh)
         for i, (buffer, slot) in enumerate(zip(inputs, program.inputs, strict=True)):
-            if (buffer.type, buffer.placement, buffer.mesh) != (slot.type, slot.placement, mesh):
+            whole = buffer.placement == REPLICATE  # what all devices have whole, they have so on every mesh
+            if (buffer.type, buffer.placement, mesh if whole else buffer.mesh) != (slot.type, slot.placement, mesh):
                 raise ValueError(
                     f"input {i} of program {program.name} is {slot.type}@{slot.placement} on mesh ({mesh}), but was "
                     f"given {buffer}"

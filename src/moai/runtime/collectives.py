@@ -80,7 +80,8 @@ class Network(Protocol):
         the first time blocks until all have. RuntimeError if one is gone."""
 
     def at(self, rank: int) -> Partner:
-        """Another device, to exchange messages with."""
+        """Another device, to exchange messages with. Both must ask for each other, and all devices for the lower ranks
+        first; the first time may block until the other has."""
 
     def settle(self) -> None:
         """Waits until all messages that were sent have arrived. RuntimeError if one could not."""
@@ -107,6 +108,7 @@ class Distributed:
         self._on_cpu = device.type == "cpu"
         self._device = device
         self._outbox = Outbox()
+        self._ways: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
     def over(self, mesh: Mesh, axes: Sequence[str]) -> Group:
         ranks = mesh.group(axes, self._rank)
@@ -120,8 +122,19 @@ class Distributed:
         return Group(group, members.index(self._rank), coordinates, self._neighbours[members])
 
     def at(self, rank: int) -> Partner:
-        assert dist.group.WORLD is not None
-        return OfGroup(dist.group.WORLD, rank, self._device, self._outbox)
+        if rank not in self._ways:
+            self._ways[rank] = self._ways_to(rank)
+        going, coming = self._ways[rank]
+        return OfGroup(going, coming, rank, self._device, self._outbox)
+
+    def _ways_to(self, rank: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The groups for messages to and from another device."""
+        if self._on_cpu:  # gloo matches messages by sender and receiver
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD, dist.group.WORLD
+        pair = (min(rank, self._rank), max(rank, self._rank))
+        up, down = self._new_group(pair), self._new_group(pair)
+        return (up, down) if rank > self._rank else (down, up)
 
     def settle(self) -> None:
         self._outbox.empty()

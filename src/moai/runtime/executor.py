@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import linecache
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from moai.graph.ops import random_rows
 from moai.graph.placement import STAGES, Mesh, local_shape
 from moai.graph.step_graph import Ref, Scalar, flat_ids, map_args, refs
-from moai.lower.operators import BOUNDS
+from moai.lower.operators import BOUNDS, MESSAGES
 from moai.lower.program import Instruction, PerRank, Program, Slot
 from moai.runtime import codegen, collectives, loops
 from moai.runtime.clock import Clock
 from moai.runtime.codegen import Call, PerPass
 from moai.runtime.collectives import Network, Partner, Peers
 from moai.runtime.compiled import Policy, ProgramRegions
+from moai.runtime.inbox import Inbox, inboxes
 from moai.runtime.inductor import Compiler
 
 
@@ -60,9 +61,11 @@ class Executor:
         self.program = program
         self._clock = clock
         self._place = _Place(program.mesh, rank)
-        self._calls = _Binding(program, self._place, device, network).calls()
+        binding = _Binding(program, self._place, device, network)
+        self._inboxes = binding.inboxes
+        self._calls = binding.calls()
         self._carried = loops.carried(program)
-        self._network = network if any(i.op == "send" for i in program.instructions) else None
+        self._network = network if any(i.op in MESSAGES for i in program.instructions) else None
         self._regions = ProgramRegions(program, self._calls, compiler, compile) if compiler else None
         self._function, self._code = self._generated({})
         self._checked = False
@@ -82,9 +85,10 @@ class Executor:
         if not self._checked:
             self._check_slots("input", self.program.inputs, inputs)
         taken = {_address(inputs[i]) for i in self._kept} if self._fresh else set()
+        self._exchange(*(inbox.open for inbox in self._inboxes.values()))
         outputs = self._timed_run(inputs, scalars)
-        if self._network is not None:
-            self._settle(self._network)
+        if self._network is not None:  # a run is over when what it sent has arrived
+            self._exchange(self._network.settle)
         if self._fresh:
             self._check_slots(
                 "output", [self.program.outputs[i] for i in self._fresh], [outputs[i] for i in self._fresh]
@@ -93,10 +97,10 @@ class Executor:
             _own_memory(outputs, self._fresh, taken)
         return outputs
 
-    def _settle(self, network: Network) -> None:
-        """A run is over when what it sent has arrived."""
+    def _exchange(self, *beginnings_or_ends: Callable[[], None]) -> None:
         try:
-            network.settle()
+            for each in beginnings_or_ends:
+                each()
         except RuntimeError as error:
             raise InstructionError(f"program {self.program.name}: {error}", in_collective=True) from error
 
@@ -265,6 +269,9 @@ class _Binding:
         self._place = place
         self._device = device
         self._network = network
+        others = {i.args[1 if i.op == "send" else 0] for i in program.instructions if i.op in MESSAGES}
+        self._partners = {stage: self._partner(stage) for stage in sorted(others)}
+        self.inboxes: Mapping[int, Inbox] = inboxes(program, place.in_pass, self._partners)
 
     def calls(self) -> list[Call | None]:
         """In the order of the instructions; None for the bounds of a loop."""
@@ -278,10 +285,10 @@ class _Binding:
         kwargs = map_args(instruction.kwargs, self._place.in_every_pass)
         if op == "send":
             xs, stage = args
-            return Call(self._stage(stage).send, (xs,), kwargs)
+            return Call(self._partners[stage].send, (xs,), kwargs)
         if op == "receive":
             stage, *what = args
-            return Call(self._stage(stage).receive, tuple(what), kwargs)
+            return Call(self.inboxes[stage].receive, tuple(what), kwargs)
         if op == "bucket":
             return Call(collectives.bucket, (*args, self._device), kwargs)
         if op == collectives.WAIT:
@@ -310,7 +317,7 @@ class _Binding:
                 in_collective=True,
             ) from error
 
-    def _stage(self, stage: int) -> Partner:
+    def _partner(self, stage: int) -> Partner:
         assert self._network is not None
         mesh = self._program.mesh
         return self._network.at(mesh.rank({**self._place.at, STAGES: stage}))

@@ -188,7 +188,6 @@ def _candidates(candidates: Sequence[Candidate], best: Candidate) -> Iterator[st
         prediction = candidate.prediction
         assert prediction is not None and best.prediction is not None
         why = "chosen" if candidate is best else figures.behind(prediction, best.prediction)
-        why = why if candidate.runnable else f"not chosen yet; {why}"
         peak = size(prediction.memory.total)
         yield (
             f"<tr><td><code>{escape(str(candidate.plan))}</code></td><td class=n>{seconds(prediction.step_s)}</td>"

@@ -49,7 +49,7 @@ def _summary(chosen: Chosen, prediction: Prediction) -> Text:
         *_weights(chosen.captured.graph),
         "",
         f"Plan       {choice.best.plan}",
-        f"           {choice.best.plan.line}",
+        f"           {choice.best.plan.line(choice.batch)}",
         f"Step       {seconds(prediction.step_s)} predicted{_speed(choice.tokens, prediction)}",
         f"Memory     {size(prediction.memory.total)} of {size(choice.budget_bytes)} that a plan may use of a device",
     ]
@@ -127,8 +127,6 @@ def _candidate(candidate: Candidate, best: Candidate) -> list[str]:
     prediction = candidate.prediction
     assert prediction is not None and best.prediction is not None
     why = "chosen" if candidate is best else figures.behind(prediction, best.prediction)
-    if not candidate.runnable:
-        why = f"not chosen yet; {why}"
     slower = f"{ratio(candidate, best) - 1:+.1%}"
     return [str(candidate.plan), seconds(prediction.step_s), slower, size(prediction.memory.total), why]
 
@@ -167,8 +165,7 @@ def _verdict(other: Candidate, best: Candidate) -> str:
         return f"{text} cannot be taken: {other.dropped.removesuffix('.')}."
     if other.plan == best.plan:
         return f"{text} is the chosen one."
-    times = f"{ratio(other, best):.2f} times as long as the chosen one"
-    return f"{text} takes {times}." if other.runnable else f"{text} is not chosen yet. It would take {times}."
+    return f"{text} takes {ratio(other, best):.2f} times as long as the chosen one."
 
 
 def _signed(value: float, text: Any) -> str:
@@ -218,5 +215,4 @@ def _candidate_json(candidate: Candidate, tokens: int) -> dict[str, Any]:
         "plan": {**asdict(candidate.plan), "text": str(candidate.plan)},
         "predicted": None if prediction is None else _predicted(prediction, tokens),
         "dropped": candidate.dropped,
-        "runnable": candidate.runnable,
     }

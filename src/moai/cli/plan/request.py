@@ -78,8 +78,9 @@ def _keys(text: str, n_devices: int, source: str) -> dict[str, Any]:
         keys = parse.restrictions(text, n_devices, source)
     except PlanError as error:
         raise AcceleratorError(str(error)) from None
-    if "shard" in keys:
-        raise AcceleratorError(f"{source}: plans with shard are not searched for.")
+    for key in ("shard", "schedule", "layers"):
+        if key in keys:
+            raise AcceleratorError(f"{source}: plans with {key} are not searched for.")
     return keys
 
 

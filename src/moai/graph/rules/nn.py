@@ -247,6 +247,7 @@ RULES: dict[torch._ops.OpOverload, Rule] = {
     **dict.fromkeys(
         (
             aten._softmax.default,
+            aten._safe_softmax.default,
             aten._log_softmax.default,
             aten._safe_softmax.default,
             aten._softmax_backward_data.default,

@@ -107,8 +107,14 @@ class Layered:
         """For each value of a version, the id of the one here that it is like."""
         like: dict[int, int] = {}
         for strip, parts in zip(self._pattern.strips, version.strips, strict=True):
-            for at, numbers in entries(parts):
-                like.update(zip(numbers, strip.numbers[at], strict=True))
+            for part in parts:
+                if isinstance(part, Copies):
+                    old = [n for at in part.elements for n in strip.numbers[at]]
+                    for column, number in zip(part.columns(), old, strict=True):
+                        like.update(dict.fromkeys(column, number))
+                else:
+                    at, numbers = part
+                    like.update(zip(numbers, strip.numbers[at], strict=True))
         return {new: self._ids[old] for new, old in like.items() if old < len(self._ids)}
 
 
@@ -130,8 +136,10 @@ def layered(whole: Whole, least: int, known: Sequence[Layers] | None = None) -> 
     pattern = Pattern.of(strips, found, anchors) if anchors else None
     if pattern is None:
         return None
-    # What fills new states uses nothing, and hangs together with the layers by its users, which may be in lists.
-    found[_RECORDS] = [r for r in found[_RECORDS] if r in pattern.weights or not _have_lists(whole.records, r)]
+    # What hangs together with the layers by lists alone is a run if it has none itself: what fills new states, or what
+    # writes into a message.
+    depth = min(run.count for run in anchors)
+    found[_RECORDS] = [r for r in found[_RECORDS] if r in pattern.weights or not _have_lists(whole.records, r, depth)]
     lists = _lists(whole.records, found[_RECORDS], numbers)
     strips[_RECORDS] = _without_lists(strips[_RECORDS], lists)
     labels = _Labels(numbers.scalars + whole.n_scalars)
@@ -174,8 +182,10 @@ def _lists(records: Sequence[Record], repeated: Sequence[Run], numbers: Numbers)
     return {at: lists for at, lists in found.items() if lists.groups}
 
 
-def _have_lists(records: Sequence[Record], run: Run) -> bool:
-    return any(map(has_lists, records[run.start : run.start + run.period]))
+def _have_lists(records: Sequence[Record], run: Run, depth: int) -> bool:
+    """Whether there are lists with an entry for each layer."""
+    each = (r._replace(frees=()) for r in records[run.start : run.start + run.period])
+    return any(has_lists(record, depth) for record in each)
 
 
 def _without_lists(strip: Strip, lists: Mapping[int, Lists]) -> Strip:

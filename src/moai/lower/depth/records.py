@@ -201,11 +201,11 @@ def _outs(outs: Any, take: Callable[[], int]) -> Any:
 _OUTS, _FREES = 2, 3
 
 
-def has_lists(record: Record) -> bool:
-    """Whether there may be long lists in it; a quick look."""
-    many = (*record.args, *record.kwargs.values(), record.outs, record.frees)
-    return any(type(x) in (tuple, list) and len(x) >= _LONG and type(x[0]) is not int for x in record.args) or any(
-        type(x) is tuple and len(x) >= _LONG for x in many[len(record.args) :]
+def has_lists(record: Record, least: int = _LONG) -> bool:
+    """Whether there may be lists of so many entries in it; a quick look."""
+    many = (*record.kwargs.values(), record.outs, record.frees)
+    return any(type(x) in (tuple, list) and len(x) >= least and type(x[0]) is not int for x in record.args) or any(
+        type(x) is tuple and len(x) >= least for x in many
     )
 
 

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Input, Node, Output, StepGraph, TensorType, flat_ids
-from moai.lower.buckets import WHOLE_BYTES, WORTH_IT
+from moai.lower.buckets import WHOLE_BYTES
 from moai.lower.check import check
 from moai.lower.depth.layered import Layered, Layers, Version, Whole, layered
 from moai.lower.depth.records import Make, Record
@@ -145,22 +145,20 @@ class Deep:
 
     def is_sound(self) -> bool:
         """Whether the program with one layer more can be executed, and no message that is joined across layers becomes
-        larger than one would be if all layers were lowered, or so large that it would be made in another way."""
+        larger than one would be if all layers were lowered."""
         try:
             check(self._program(self._next))
             _ = self.program
         except (AssertionError, LookupError, ValueError):  # lists of what belongs together have grown apart
             return False
-        before = max((len(i.outs) for i in self._shallow.instructions if i.op in _JOINED), default=0)
-        code = self._version.records
-        copied = {i.outs for i in code if i.op == "all_reduce_start"}
-        types = self.types()
-        return all(
-            sum(types[o].nbytes for o in i.outs)
-            < (WORTH_IT if i.op == "wait" and i.args[0].id in copied else WHOLE_BYTES)
-            for i in code
-            if i.op in _JOINED and len(i.outs) > before
-        )
+        places, types = self._layers.positions(1), self._next_types
+        for i, moved in zip(self._shallow.instructions, places, strict=True):
+            if i.op in _JOINED:
+                here = sum(self._types[o].nbytes for o in i.outs)
+                more = sum(types[o].nbytes for o in self._next.records[moved].outs) - here
+                if more > 0 and here + more * self._deeper >= WHOLE_BYTES:
+                    return False
+        return True
 
     def _versioned(self, deeper: int) -> Version[Instruction]:
         code = self._shallow.instructions
@@ -171,6 +169,10 @@ class Deep:
 
         return self._layers.version(deeper, maker)
 
+    @cached_property
+    def _next_types(self) -> dict[int, TensorType]:
+        return self._typed(self._next)
+
     def _typed(self, version: Version[Instruction]) -> dict[int, TensorType]:
         return {new: self._types[old] for new, old in self._layers.like(version).items() if old in self._types}
 
@@ -178,7 +180,7 @@ class Deep:
         """With every layer, what is held at some place grows by the same amount: how much, one layer more tells. Within
         a run of layers it grows or shrinks evenly, so that the first and the last of them tell about all."""
         known = levels(self._shallow, self._types)
-        more = levels(self._program(self._next), self._typed(self._next))
+        more = levels(self._program(self._next), self._next_types)
         places = [*self._layers.positions(1), len(more) - 1]
         return max(
             here.total + (there.total - here.total) * self._deeper

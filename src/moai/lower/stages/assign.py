@@ -22,8 +22,9 @@ from moai.graph.step_graph import Phase, flat_ids
 from moai.lower.operators import BUILTINS, is_view
 from moai.lower.program import Instruction
 from moai.lower.regions import is_fusable
-from moai.lower.stages.cut import balanced, count_layers, following
+from moai.lower.stages.cut import balanced, layers_of
 from moai.lower.stages.effort import effort
+from moai.lower.stages.following import following
 from moai.lower.stages.units import Unit
 from moai.lower.values import Values
 
@@ -43,8 +44,9 @@ _HANDED_ON = frozenset({"accumulate", "collect", "take", "join"})
 @dataclass(frozen=True)
 class Step:
     """What is to be cut. `data`, `states` and `passing` are the inputs, of which the last are activations or gradients
-    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which stages they
-    are already. `phases`: of values."""
+    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which devices
+    they are already. `phases`: of values. The `stages` are dealt to `devices` in turns.
+    `dealt`: how many layers each stage is to have (0: those that the others leave)."""
 
     code: Sequence[Instruction]
     units: Sequence[Unit]
@@ -56,18 +58,25 @@ class Step:
     changed: frozenset[int]
     living: Mapping[int, tuple[int, ...]]
     stages: int
+    devices: int
+    dealt: tuple[int, ...] | None = None
+
+    def device(self, stage: int) -> int:
+        """The device that has `stage`."""
+        return stage % self.devices
 
 
 @dataclass
 class Assignment:
     """`stage[k]`: of unit k; None: it is made wherever it is needed. `kinds`: of values. `home`: where a value is made,
     or a state lives; a state that no unit on a stage reads has none. `leaves`: the states that a value of kind "state"
-    is made of."""
+    is made of. `dealt`: how many layers each stage has, where they are of one kind."""
 
     stage: list[int | None]
     kinds: dict[int, Kind]
     home: dict[int, int] = field(default_factory=dict)
     leaves: dict[int, frozenset[int]] = field(default_factory=dict)
+    dealt: tuple[int, ...] | None = None
 
     def homes(self, id_: int) -> set[int]:
         """The stages that a value comes from: several, if it is made of states that live apart."""
@@ -76,7 +85,11 @@ class Assignment:
 
 
 class NoCut(ValueError):
-    """A step cannot be cut into so many stages. Its text says why."""
+    """A step cannot be cut into so many stages. Its text says why; `most`: how many there can be, if that is known."""
+
+    def __init__(self, reason: str, most: int = 1) -> None:
+        super().__init__(reason)
+        self.most = most
 
 
 def assigned(step: Step) -> Assignment:
@@ -99,6 +112,7 @@ class _Walk:
         leaves = {i: frozenset((i,)) for i, kind in kinds.items() if kind == "state"}
         home = {i: stages[0] for i, stages in step.living.items()}
         self.found = Assignment([None] * len(step.units), kinds, home, leaves)
+        self._unread = set(home)  # those of whose homes but the device is known
         self._there: dict[int, set[int]] = defaultdict(set)  # the stages that have read a value
         self._cut: dict[int, int] = {}
 
@@ -177,15 +191,28 @@ class _Walk:
             homes: list[list[tuple[int, int]]] = [[] for _ in run]
             for i, place in first.items():
                 homes[place].append((self.found.home[i], self._types[i].nbytes))
-            return following(homes, crossing, self._step.stages)
-        code = [self._step.code[self._step.units[k].at] for k in run]
-        layers = count_layers([(i.op, *(self._types.get(o) for o in flat_ids(i.outs))) for i in code])
-        if layers is not None and layers < self._step.stages:
-            raise NoCut(f"there are more stages than layers, of which the model has {layers}")
-        begins = balanced([effort(i, self._step.values) for i in code], crossing, self._step.stages)
-        if begins is None and "backward" in self._step.phases.values():
-            raise NoCut("the model has too few operators to be cut into so many stages")
-        return begins or [len(run)] * (self._step.stages - 1)  # a few operators on their own: all by the first stage
+            return following(homes, crossing, self._step.stages, self._step.devices)
+        return self._between_layers([self._step.code[self._step.units[k].at] for k in run], crossing)
+
+    def _between_layers(self, code: Sequence[Instruction], crossing: Sequence[int]) -> list[int]:
+        """The cuts where no state lies on a stage yet."""
+        stages, trains = self._step.stages, "backward" in self._step.phases.values()
+        layers = layers_of([(i.op, *(self._types.get(o) for o in flat_ids(i.outs))) for i in code], crossing)
+        seconds = [effort(i, self._step.values) for i in code]
+        if layers is not None and layers.count < stages:
+            raise NoCut(f"there are more stages than layers, of which the model has {layers.count}", layers.count)
+        if self._step.dealt is not None and trains:
+            self.found.dealt = _dealt(self._step.dealt, None if layers is None or not layers.begins else layers.count)
+        elif layers is not None and layers.begins is not None:
+            even = layers.even(seconds, stages)
+            self.found.dealt = None if even is None else tuple(even)
+        if layers is not None and self.found.dealt is not None:
+            return layers.cuts(self.found.dealt)
+        begins = balanced(seconds, crossing, stages)
+        if begins is None and trains:
+            most = next((n for n in range(stages - 1, 1, -1) if balanced(seconds, crossing, n) is not None), 1)
+            raise NoCut("the model has too few operators to be cut into so many stages", most)
+        return begins or [len(code)] * (stages - 1)  # a few operators on their own: all by the first stage
 
     def _crossing(self, run: Sequence[int]) -> list[int]:
         """For each unit of the run, the bytes that it and later ones read of earlier ones."""
@@ -218,7 +245,11 @@ class _Walk:
                         self._live(leaves, self._cut[k])
 
     def _live(self, leaves: Iterable[int], stage: int) -> None:
+        """What lives on a device already is of the first of its stages that reads it."""
         for leaf in leaves:
+            if leaf in self._unread and self._step.device(stage) == self._step.device(self.found.home[leaf]):
+                self.found.home[leaf] = stage
+                self._unread.remove(leaf)
             self.found.home.setdefault(leaf, stage)
 
     # -- everything
@@ -282,3 +313,14 @@ class _Walk:
             for stage in self.found.homes(i):
                 held[stage] += self._types[i].nbytes
         return max(held, key=lambda stage: (held[stage], -stage), default=0)
+
+
+def _dealt(wanted: Sequence[int], count: int | None) -> tuple[int, ...]:
+    """`wanted` layers for each stage, of `count` that there are (None: it is not clear what a layer is)."""
+    said = "+".join(map(str, wanted))
+    if count is None:
+        raise NoCut(f"layers={said} cannot be: it is not clear what the model's layers are", len(wanted))
+    rest = count - sum(wanted)
+    if rest < 0 or (rest > 0) != (0 in wanted):
+        raise NoCut(f"layers={said} deals {sum(wanted)} layers, but the model has {count}", len(wanted))
+    return tuple(n or rest for n in wanted)

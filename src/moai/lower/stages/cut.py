@@ -3,21 +3,45 @@
 In: the forward's steps in the script's order, each with what it takes; how much would be sent if it was cut before each
 of them. Out: the first step of every stage but the first.
 
-Stages take equally long, as far as they can where little is sent: places where more crosses are looked at only if the
-slowest stage gains much by it. Where states lie on stages already, it is they that say where the cuts are.
+Where layers repeat, cuts are between them. Elsewhere stages take equally long, as far as they can where little is sent:
+places where more crosses are looked at only if the slowest stage gains much by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
-from moai.lower.repeats import apart
+from moai.lower.repeats import Stretch, apart
 
 # How much slower the slowest stage may be for the sake of cuts that less crosses.
 _SLOWER = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Parts that do the same again and again: how many there are, and, if all are of one kind, the first step of each
+    but the first: what comes before the layers goes with that one, what comes behind with the last."""
+
+    count: int
+    begins: tuple[int, ...] | None
+
+    def cuts(self, dealt: Sequence[int]) -> list[int]:
+        """The first steps of stages that have so many layers each."""
+        assert self.begins is not None and sum(dealt) == self.count
+        return [self.begins[behind - 1] for behind in accumulate(dealt[:-1])]
+
+    def even(self, seconds: Sequence[float], stages: int) -> list[int] | None:
+        """How many layers each stage has, so that the slowest is as fast as can be. None: there are not enough."""
+        assert self.begins is not None
+        found = _even(seconds, self.begins, stages)
+        if found is None:
+            return None
+        ends = [*(self.begins.index(cut) + 1 for cut in found[1]), self.count]
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def balanced(seconds: Sequence[float], crossing: Sequence[int], stages: int) -> list[int] | None:
@@ -35,30 +59,32 @@ def balanced(seconds: Sequence[float], crossing: Sequence[int], stages: int) -> 
     return best[1]
 
 
-def following(homes: Sequence[Sequence[tuple[int, int]]], crossing: Sequence[int], stages: int) -> list[int]:
-    """`homes[k]`: (stage, bytes) of each state that step k reads. Cuts are where fewest bytes of states lie on another
-    stage than that of the step that reads them, and of such places where least crosses."""
-    begins: list[int] = []
-    for stage in range(1, stages):
-        # A state of an earlier stage that is read from here on is out of place, and so is one of a later stage before.
-        late = [sum(n for s, n in read if s < stage) for read in homes]
-        early = [sum(n for s, n in read if s >= stage) for read in homes]
-        before = [0, *accumulate(early)]
-        behind = [0, *accumulate(reversed(late))][::-1]
-        first = begins[-1] if begins else 0
-        places = range(first, len(homes) + 1)
-        begins.append(min(places, key=lambda p: (before[p] + behind[p], crossing[p] if p < len(homes) else 0)))
-    return begins
-
-
-def count_layers(steps: Sequence[Hashable]) -> int | None:
-    """How many layers the forward has: parts that do the same again and again. None if most of it does not repeat."""
+def layers_of(steps: Sequence[Hashable], crossing: Sequence[int]) -> Layers | None:
+    """The layers of the forward, which begin where least crosses. `steps`: what each is. None if most of it does not
+    repeat."""
     found = apart(steps, 2)
     if 2 * sum(s.end - s.start for s in found) < len(steps):
         return None
     longest = max(s.end - s.start for s in found)
-    # The last layer may end otherwise than the others.
-    return sum(round((s.end - s.start) / s.period) for s in found if 2 * (s.end - s.start) >= longest)
+    kinds = [s for s in found if 2 * (s.end - s.start) >= longest]
+    if len(kinds) > 1:  # the last layer may end otherwise than the others
+        return Layers(sum(round((s.end - s.start) / s.period) for s in kinds), None)
+    begins = _begins(kinds[0], crossing)
+    return Layers(len(begins) + 1, begins)
+
+
+def _begins(stretch: Stretch, crossing: Sequence[int]) -> tuple[int, ...]:
+    """Of places one period apart, those whose widest is crossed by the least: of several, the first. At both ends half
+    a layer at least is left, or it is none."""
+    half = stretch.period / 2
+
+    def places(offset: int) -> list[int]:
+        found = range(stretch.start + offset, stretch.end, stretch.period)
+        return [p for p in found if stretch.start + half <= p <= stretch.end - half]
+
+    offsets = filter(places, range(stretch.period))
+    best = min(offsets, key=lambda offset: max(crossing[p] for p in places(offset)))
+    return tuple(places(best))
 
 
 def _places(seconds: Sequence[float], crossing: Sequence[int]) -> list[int]:

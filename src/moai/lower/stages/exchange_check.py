@@ -8,22 +8,24 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A message to or from stage `other`. `what`: the shapes and dtypes in it."""
+    """A message to stage `other`; or from it: message `nth` of those that it sends to this one. `what`: the shapes and
+    dtypes in it."""
 
-    kind: Literal["send", "receive"]
     other: int
     what: tuple[Any, ...]
+    nth: int | None = None
 
 
 def misfit(stages: Sequence[Sequence[Event]]) -> str | None:
     """Why stages that do this would wait forever, or receive something else than they expect. Sending waits for
     nobody."""
-    mail: dict[tuple[int, int], deque[tuple[Any, ...]]] = defaultdict(deque)
+    sent: dict[tuple[int, int], list[tuple[Any, ...]]] = defaultdict(list)
+    taken: dict[tuple[int, int], set[int]] = defaultdict(set)
     at = [0] * len(stages)
     awake = deque(range(len(stages)))
     while awake:
@@ -31,16 +33,22 @@ def misfit(stages: Sequence[Sequence[Event]]) -> str | None:
         events = stages[stage]
         while at[stage] < len(events):
             event = events[at[stage]]
-            if event.kind == "send":
-                mail[stage, event.other].append(event.what)
+            if event.nth is None:
+                sent[stage, event.other].append(event.what)
                 awake.append(event.other)
-            elif not (box := mail[event.other, stage]):
+                at[stage] += 1
+                continue
+            way = event.other, stage
+            if event.nth >= len(sent[way]):
                 break
-            elif (sent := box.popleft()) != event.what:
-                return f"stage {event.other} sends {sent}, and stage {stage} expects {event.what}"
+            if sent[way][event.nth] != event.what:
+                return f"stage {event.other} sends {sent[way][event.nth]}, and stage {stage} expects {event.what}"
+            if event.nth in taken[way]:
+                return f"stage {stage} receives message {event.nth} of stage {event.other} twice"
+            taken[way].add(event.nth)
             at[stage] += 1
     for stage, events in enumerate(stages):
         if at[stage] < len(events):
-            return f"stage {stage} waits forever for its message {at[stage]}, from stage {events[at[stage]].other}"
-    left = next((pair for pair, box in mail.items() if box), None)
+            return f"stage {stage} waits forever for message {events[at[stage]].nth} of stage {events[at[stage]].other}"
+    left = next((way for way, messages in sent.items() if len(messages) > len(taken[way])), None)
     return None if left is None else f"stage {left[0]} sends a message that stage {left[1]} does not receive"

@@ -1,6 +1,6 @@
-"""One step's code as the code of each stage.
+"""One step's code as the code of each device along "pp", which has one of the stages or several.
 
-In: placed code with its loops, on the mesh that the devices of a stage have. Out: each stage's code, and which stages
+In: placed code with its loops, on the mesh that the devices of a stage have. Out: each device's code, and which devices
 have every input and output.
 """
 
@@ -24,11 +24,13 @@ from moai.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`code`: of each stage. `inputs`, `outputs`: the stages that have each of the graph's."""
+    """`code`: of each device along "pp". `inputs`, `outputs`: the devices that have each of the graph's. `layers`: how
+    many of them each stage has, where the cuts are between layers."""
 
     code: list[list[Instruction]]
     inputs: list[tuple[int, ...]]
     outputs: list[tuple[int, ...]]
+    layers: tuple[int, ...] | None
 
 
 def in_stages(
@@ -43,13 +45,17 @@ def in_stages(
     """Raises NoCut. `outputs`: the values that become the graph's outputs. `phases`: of values."""
     living = {i.id: p.stages for i, p in zip(graph.inputs, given, strict=True) if p is not None and p.stages}
     code, step, assignment = _assigned(graph, plan, living, code, phases, values)
-    homes = _homes_of_outputs(graph, outputs, assignment, plan.pp)
+    homes = [step.device(home) for home in _homes_of_outputs(graph, outputs, assignment, step.stages)]
     found = exchanged(step, assignment, dict(zip(outputs, homes, strict=True)))
-    turns = [any(stage.sections[k]["backward"] for stage in found) for k in range(len(found[0].sections))]
+    chunks = step.stages // step.devices
+    turns = [any(part >= chunks for own in found for part in own.sections[k]) for k in range(len(found[0].sections))]
+    orders = [order(plan.schedule, device, plan.pp, plan.micro, chunks) for device in range(plan.pp)]
+    apart = plan.schedule == "zero_bubble"
     return Pipeline(
-        [in_parts(stage, turns, order(plan.schedule, s, plan.pp, plan.micro), values) for s, stage in enumerate(found)],
-        [living.get(i.id) or _having(i.id, found, assignment) for i in graph.inputs],
+        [in_parts(own, turns, each, apart, values) for own, each in zip(found, orders, strict=True)],
+        [living.get(i.id) or _having(i.id, found, step, assignment) for i in graph.inputs],
         [(home,) for home in homes],
+        assignment.dealt,
     )
 
 
@@ -67,7 +73,9 @@ def _assigned(
     passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - changed
     states = frozenset(i.id for i in graph.inputs) - data - passing
     while True:
-        step = Step(code, units_of(code), values, phases, data, states, passing, changed, living, plan.pp)
+        units = units_of(code)
+        stages = plan.n_stages
+        step = Step(code, units, values, phases, data, states, passing, changed, living, stages, plan.pp, plan.layers)
         assignment = assigned(step)
         late = with_late_sums(code, assignment, values)
         if len(late) == len(code):
@@ -85,8 +93,8 @@ def _homes_of_outputs(graph: StepGraph, outputs: Sequence[int], assignment: Assi
     return [found[id_] for id_ in outputs]
 
 
-def _having(id_: int, found: Sequence[StageCode], assignment: Assignment) -> tuple[int, ...]:
-    """The stages that an input is to be uploaded to."""
+def _having(id_: int, found: Sequence[StageCode], step: Step, assignment: Assignment) -> tuple[int, ...]:
+    """The devices that an input is to be uploaded to."""
     if id_ in assignment.home:
-        return (assignment.home[id_],)
+        return (step.device(assignment.home[id_]),)
     return tuple(s for s, stage in enumerate(found) if id_ in stage.reads) or (0,)
