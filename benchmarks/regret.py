@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,14 +32,15 @@ from benchmarks import results
 from benchmarks.steps import Script, Steps, made_up, recording
 from moai.lower import lower
 from moai.lower.inputs import global_batch
-from moai.lower.sampling import observe
+from moai.lower.sampling import layers, observe
 from moai.plan.cluster import Cluster
+from moai.plan.cost import Prediction, predict
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
 from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Step, search
-from moai.plan.space import Allowed, layouts, variants
-from moai.plan.timings import Described, Timings
+from moai.plan.space import Allowed, plans
+from moai.plan.timings import Described, Timings, groups
 from moai.platform import clusters, pool
 from moai.platform.device import Device
 from moai.profiling import store
@@ -99,7 +101,7 @@ class Predictions:
         graph = steps.first
         self._cluster = cluster
         self.batch = global_batch(graph, [None] * len(graph.inputs))
-        self._step = Step(cache(lambda plan: observe(graph, plan)), self.batch)
+        self._step = Step(cache(lambda plan: observe(graph, plan)), self.batch, layers=layers(graph))
 
     def best(self, timings: Timings, allowed: Allowed = _ALL, budget: int = _ALL_MEMORY) -> tuple[Plan, float]:
         """The plan that is chosen, and its predicted seconds. Raises NoPlan."""
@@ -108,22 +110,23 @@ class Predictions:
         return found.plan, found.prediction.step_s
 
     def of(self, plan: Plan, timings: Timings) -> float:
-        """The predicted seconds of a plan. Raises NoPlan where the step cannot be run so."""
-        only = Allowed(
-            plan.dp,
-            plan.tp,
-            plan.pp,
-            plan.micro,
-            (plan.recompute,),
-            plan.distribute_param,
-            plan.distribute_low_prec_param,
-        )
-        return self.best(timings, only)[1]
+        """The predicted seconds of a plan. Raises PlanError where the step cannot be run so."""
+        return self.prediction(plan, timings).step_s
 
+    def prediction(self, plan: Plan, timings: Timings) -> Prediction:
+        """All that is predicted of a plan, with the layers that it deals to stages, or else as many as are best."""
+        sample = self._step.observe(replace(plan, layers=None)).sample()
+        return predict(sample, plan, timings, groups(plan, self._cluster), dealt=plan.layers)
 
-def plans(n_devices: int, batch: int) -> Iterator[Plan]:
-    """Every plan that can be run on so many devices."""
-    return (plan for layout in layouts(n_devices, batch) if layout.pp == 1 for plan in variants(layout))
+    def plans(self, timings: Timings) -> Iterator[Plan]:
+        """Every plan that the step can be run with, with the layers that its stages would be dealt."""
+        for plan in plans(self._cluster.n_devices, self.batch, self._step.layers):
+            if plan.pp == 1:
+                yield plan
+                continue
+            with suppress(PlanError):
+                stages = self.prediction(plan, timings).stages
+                yield replace(plan, layers=tuple(stage.layers for stage in stages))
 
 
 def profile_of(accelerator: Accelerator, devices: Sequence[Device]) -> Profile:
@@ -170,7 +173,7 @@ def figures_of(steps: Steps, devices: Sequence[Device], most: int | None) -> dic
             "described": Described(cluster),
         }
         chosen = {how: predictions.best(each)[0] for how, each in timings.items()}
-        wanted = _some(list(plans(len(devices), predictions.batch)), most)
+        wanted = _some(list(predictions.plans(timings["layers"])), most)
         measured = measure(steps, list(dict.fromkeys([*chosen.values(), *wanted])), accelerator)
     finally:
         accelerator.close()

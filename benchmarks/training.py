@@ -17,7 +17,8 @@ IGNORED = -100  # the label that a loss does not count
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A Qwen2 and its batch; `batch` and `seq` are the global batch's samples and their tokens."""
+    """A Qwen2 and its batch; `batch` and `seq` are the global batch's samples and their tokens. `tied`:
+    whether the head is the embedding."""
 
     layers: int
     hidden: int
@@ -27,6 +28,7 @@ class Sizes:
     vocab: int
     seq: int
     batch: int
+    tied: bool = True
 
     def model(self) -> PreTrainedModel:
         """The model on the CPU, in fp32, in training mode; its weights depend on the sizes only."""
@@ -39,7 +41,7 @@ class Sizes:
             num_key_value_heads=self.kv_heads,
             vocab_size=self.vocab,
             max_position_embeddings=self.seq,
-            tie_word_embeddings=True,
+            tie_word_embeddings=self.tied,
             use_cache=False,
         )
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers import data_parallel, sharded, tensor_parallel
+from benchmarks.peers import data_parallel, pipelined, sharded, tensor_parallel
 
 
 def in_one_pass(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -65,6 +65,8 @@ VARIANTS = {
     "fsdp2_layers_compiled": Variant(sharded.compiled_by_layer),
     "tp": Variant(tensor_parallel.whole_residuals, whole_batch=True, passes=tensor_parallel.whole_loss),
     "tp_sequence": Variant(tensor_parallel.split_residuals, whole_batch=True, passes=tensor_parallel.split_loss),
+    "pipelining_1f1b": Variant(pipelined.in_turns, whole_batch=True, passes=pipelined.in_parts),
+    "pipelining_gpipe": Variant(pipelined.forwards_first, whole_batch=True, passes=pipelined.in_parts),
     "moai": Variant(plan="dp=2"),
     "moai_foreach": Variant(plan="dp=2", fused=False),
     "moai_compiled": Variant(plan="dp=2", compiled=True),
@@ -76,6 +78,8 @@ VARIANTS = {
     "moai_tp_compiled": Variant(plan="tp=2,dp=1", compiled=True),
     "moai_micro": Variant(plan=f"dp=2,micro={data_parallel.PARTS}"),
     "moai_micro_compiled": Variant(plan=f"dp=2,micro={data_parallel.PARTS}", compiled=True),
+    "moai_1f1b": Variant(plan=f"pp=2,dp=1,micro={pipelined.PARTS}"),
+    "moai_gpipe": Variant(plan=f"pp=2,dp=1,micro={pipelined.PARTS},schedule=gpipe"),
     "moai_recompute": Variant(plan="dp=2,recompute=full"),
     "moai_recompute_compiled": Variant(plan="dp=2,recompute=full", compiled=True),
 }
@@ -98,5 +102,6 @@ COMPARISONS = {
     ),
     "tp": (EXACT, "tp", "tp_sequence", "moai_tp", "moai_tp_compiled"),
     "micro": (EXACT, "ddp_fused", "ddp_parts", "moai_micro", "moai_micro_compiled"),
+    "pipeline": (EXACT, "pipelining_1f1b", "pipelining_gpipe", "moai_1f1b", "moai_gpipe"),
     "recompute": (EXACT, "ddp_fused", "ddp_checkpointed", "moai_recompute", "moai_recompute_compiled"),
 }

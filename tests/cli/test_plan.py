@@ -13,6 +13,7 @@ from moai.cli.plan.choosing import Chosen
 from moai.cli.plan.request import Target, of, others
 from moai.dry.session import Captured
 from moai.graph.step_graph import StepGraph
+from moai.lower.stages.schedule import BACKWARD, FORWARD, order
 from moai.plan import cluster_file
 from moai.plan.cost import Parts, Prediction, Stage
 from moai.plan.plan import Plan
@@ -283,12 +284,23 @@ def test_stages_of_one_length_take_what_the_prediction_says(stages, micro):
         assert all(a.end <= b.begin + 1e-12 for a, b in zip(lane.spans, lane.spans[1:], strict=False))
 
 
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+def test_stages_are_drawn_in_the_order_in_which_they_will_work(kind):
+    plan = Plan(pp=4, micro=6, schedule=kind, layers=(2, 2, 2, 2))
+    for lane in schedule.lanes(prediction(stages=4), plan):
+        drawn = [(BACKWARD, each.micro) if not each.forward else (FORWARD, each.micro) for each in lane.passes]
+        assert tuple(drawn) == order(kind, lane.stage, 4, 6)
+    text = page.page(chosen(best=Candidate(plan, prediction(stages=4))))
+    assert all(f"device {k}: 2 layers" in text for k in range(4)) and "waiting for other stages</p>" in text
+    assert text.count("<title>forward of micro-batch 6,") == 4
+
+
 @pytest.mark.parametrize(("stages", "micro"), [(1, 1), (1, 4), (4, 8)])
 @pytest.mark.parametrize("more", [{"recompute": 0.2}, {"forward": 0.0}])
 def test_the_highest_point_of_the_curve_is_the_predicted_peak(stages, micro, more):
     plan, found = Plan(pp=stages, micro=micro), prediction(stages=stages, **more)
     for lane in schedule.lanes(found, plan):
-        curve = schedule.held(found, lane, plan)
+        curve = schedule.held(found, lane)
         assert max(level for _, level in curve) == pytest.approx(found.memory.total)
         assert [at for at, _ in curve] == sorted(at for at, _ in curve)
 

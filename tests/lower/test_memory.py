@@ -42,7 +42,6 @@ PLANS = [
     "dp=2,micro=4,distribute_param=true,distribute_low_prec_param=true,recompute=full",
     "dp=2,precision=bf16",
     "tp=2,micro=2,precision=bf16",
-    "pp=2,micro=8",
     "pp=2,micro=8,schedule=gpipe",
     "pp=2,micro=8,schedule=zero_bubble",
 ]
@@ -208,3 +207,38 @@ def test_equal_numbers_of_different_kinds_are_told_apart() -> None:
     x = dense((4,), torch.int64)
     dtypes = [results("aten.mul.Scalar", (x, n), {}).laid.dtype for n in (1, 1.0, True)]
     assert dtypes == [torch.int64, torch.float32, torch.int64]
+
+
+# ---------------------------------------------------------------------- what stages hold
+
+TURNS = mesh(pp=2, micro=4)
+NUMBERS = PerRank((TIME,), (0, 1, 2, 3))
+
+
+def in_turns(*order: tuple[int, int]) -> Program:
+    """A forward that makes a KiB, and a backward that takes it."""
+    forward = [op("aten.neg.default", Ref(0), outs=1, shapes=((256,),)), op("collect", Ref(1), outs=2, frees=(1,))]
+    backward = op("take", Ref(2), outs=3, frees=(3,), shapes=((256,),))
+    begin = op("begin_part")
+    loop = [op("repeat", order), begin, *forward, begin, backward, op("end_repeat", frees=(2,))]
+    return program(TURNS, [slot(0, BIG)], [], *loop)
+
+
+def test_as_many_passes_are_held_as_are_under_way() -> None:
+    types = {"v1": BIG, "v3": BIG}
+    one_by_one = [(part, step) for step in range(4) for part in (0, 1)]
+    all_first = [(part, step) for part in (0, 1) for step in range(4)]
+    in_pairs = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2), (1, 3)]
+    found = [peak(in_turns(*order), **types) for order in (one_by_one, in_pairs, all_first)]
+    assert found == [2 * KB, 3 * KB, 5 * KB]
+
+
+def test_a_message_is_received_ahead() -> None:
+    receive = op("receive", 0, NUMBERS, ((256,),), torch.float32, outs=(1,), frees=(1,), shapes=((256,),))
+    assert peak(program(TURNS, [], [], op("repeat"), receive, op("end_repeat")), v1=BIG) == 2 * KB
+
+
+def test_a_message_is_held_until_it_has_arrived() -> None:
+    """That is known when there is the next one."""
+    code = op("repeat"), op("send", (Ref(0),), 1), op("end_repeat")
+    assert peak(program(TURNS, [slot(0, BIG)], [], *code)) == 3 * KB

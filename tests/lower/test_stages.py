@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 
 SHARDED = {"distribute_param": True}
 LOW = {"distribute_param": True, "distribute_low_prec_param": True}
-PLANS = (
+PLANS: tuple[Any, ...] = (
     Plan(pp=2),
     Plan(pp=2, micro=2),
     Plan(pp=2, micro=4, schedule="gpipe"),
@@ -43,7 +43,7 @@ PLANS = (
     Plan(pp=2, micro=4, schedule="zero_bubble"),
     Plan(pp=2, micro=3, dp=2, schedule="zero_bubble", recompute="full", **LOW),
     Plan(pp=2, micro=4, schedule="interleaved"),
-    Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"),
+    pytest.param(Plan(pp=2, micro=3, tp=2, schedule="interleaved", recompute="default"), marks=pytest.mark.slow),
     Plan(pp=2, dp=2, micro=3),
     Plan(pp=2, tp=2, micro=2),
     Plan(pp=2, dp=2, micro=2, **SHARDED),
@@ -247,6 +247,7 @@ def test_1f1b_holds_fewer_micro_batches_than_gpipe() -> None:
             Plan(dp=3, micro=5),
         ),
         (4, Plan(dp=1, pp=8, micro=8), "there are more stages than layers", Plan(dp=2, pp=4, micro=8)),
+        (2, Plan(pp=16, micro=16), "the model has too few operators", Plan(dp=2, pp=8, micro=16)),
         (4, Plan(pp=2, layers=(2, 3)), "layers=2+3 deals 5 layers, but the model has 4", Plan(pp=2)),
         (2, Plan(pp=2, dp=2, layers=(1, 1)), "it is not clear what the model's layers are", Plan(pp=2, dp=2)),
     ],

@@ -22,7 +22,7 @@ SETTINGS = (
     "dp=2,distribute_param=true,distribute_low_prec_param=true,precision=fp64",
     "pp=2,micro=4,precision=fp64",
     "dp=2,tp=2,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
-    "dp=2,pp=2,micro=4,recompute=full,distribute_param=true,distribute_low_prec_param=true,precision=bf16",
+    "dp=2,pp=2,micro=4,recompute=full,distribute_param=true,distribute_low_prec_param=true,schedule=zero_bubble,precision=bf16",
 )
 ALL = "dp=2,tp=2,micro=4,recompute=default,distribute_param=true,distribute_low_prec_param=true,precision=fp64"
 

@@ -15,7 +15,8 @@ from moai.graph.step_graph import Output, StepGraph, TensorType, flat_ids
 from moai.lower.cleanup import uses
 from moai.lower.kinds import kinds
 from moai.lower.lowering import Lowered
-from moai.lower.peak import Level, levels
+from moai.lower.peak import levels
+from moai.lower.pieces import Level
 from moai.lower.program import Instruction, Program, Slot
 from moai.lower.stages.schedule import order
 from moai.lower.tasks import bounds

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from moai.graph.step_graph import flat_ids
 from moai.lower.cleanup import uses
 from moai.lower.operators import BUILTINS, STARTS, is_view
-from moai.lower.peak import Kind
+from moai.lower.pieces import Kind
 from moai.lower.program import Instruction, Program
 
 # They hand a gradient on as it is, or as a sum with those of others.

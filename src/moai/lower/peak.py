@@ -11,8 +11,8 @@ each is looked at when most is under way beside it (`in_flight`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from moai.lower.exchanged import Footprint, footprint, received
 from moai.lower.in_flight import Loop, Waiting, Way, together
 from moai.lower.layouts import Laid, Result, dense, results
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS
+from moai.lower.pieces import Kind, Level, Piece, Pieces
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.values import local_lengths
 from moai.lower.workspaces import workspace
@@ -32,16 +33,6 @@ _effects: dict[Hashable, tuple[Any, int]] = {}
 _MOST = 1 << 14
 # What is held and is no value: what parts make for later ones, messages received ahead, messages under way.
 _OTHERS, _AHEAD, _SENT = -1, -2, -3
-
-Kind = Literal["gradients", "activations", "others"]
-
-
-class Level(NamedTuple):
-    """Bytes that are held at a moment: in all, and what of them are gradients and activations."""
-
-    total: int
-    gradients: int = 0
-    activations: int = 0
 
 
 def peak_bytes(program: Program, types: Mapping[int, TensorType]) -> int:
@@ -77,38 +68,23 @@ def levels(
     return [*found, (ledger.level(),)]
 
 
-class _Piece:
-    """Memory that is freed at once, when nobody holds it any more."""
-
-    __slots__ = ("holders", "kind", "nbytes")
-
-    def __init__(self, nbytes: int, kind: Kind | None = None) -> None:
-        self.nbytes = nbytes
-        self.holders = 0
-        self.kind = kind  # if none is given, that of who holds it first
-
-
-class _Ledger:
+class _Ledger(Pieces):
     """Who holds which memory. A list, and a collective under way, hold several pieces."""
 
     def __init__(self, program: Program, types: Mapping[int, TensorType], kinds: Mapping[int, Kind]) -> None:
+        super().__init__(kinds)
         self.step = 0
-        self._level = Level(0)
-        self._now = 0
-        self._kinds = kinds
-        self._of: dict[Kind, int] = {"gradients": 0, "activations": 0, "others": 0}
         self._program = program
         self._mesh = program.mesh
         self._types = types
         self._laid: dict[int, Laid] = {}
-        self._held: dict[int, list[_Piece]] = {}
         self._footprints: dict[int, Footprint] = {}
         self._results: dict[int, list[Laid]] = {}
         self.loop = Loop((), (), {})
-        self._entries: dict[int, _Piece] = {}  # of the lists that go from part to part
-        self._totals: dict[int, dict[int, list[_Piece]]] = {}  # of the parts that add them up
-        self._outside: dict[int, _Piece] = {}  # that are there before the loop, by their ids
-        self._lists: dict[int, list[_Piece]] = {}  # of earlier loops
+        self._entries: dict[int, Piece] = {}  # of the lists that go from part to part
+        self._totals: dict[int, dict[int, list[Piece]]] = {}  # of the parts that add them up
+        self._outside: dict[int, Piece] = {}  # that are there before the loop, by their ids
+        self._lists: dict[int, list[Piece]] = {}  # of earlier loops
         self._sent: list[int] = []
         self._index = 0
         self._pass = 0  # that messages are looked at in
@@ -116,49 +92,9 @@ class _Ledger:
         for slot in program.inputs:
             self._fresh(slot.id, dense(self._lengths(local_lengths(slot.type.shape, slot.placement)), slot.type.dtype))
 
-    def level(self) -> Level:
-        """The most that was held since this was asked last."""
-        found, self._level = self._level, self._present(self._now)
-        return found
-
-    def _present(self, total: int) -> Level:
-        return Level(total, self._of["gradients"], self._of["activations"])
-
-    def _reach(self, total: int) -> None:
-        if total > self._level.total:
-            self._level = self._present(total)
-
-    # -- pieces
-
-    def _hold(self, id_: int, *pieces: _Piece) -> None:
-        """`id_` holds `pieces`, and what it held before no more."""
-        for piece in pieces:
-            if not piece.holders:
-                piece.kind = piece.kind or self._kinds.get(id_, "others")
-                self._now += piece.nbytes
-                self._of[piece.kind] += piece.nbytes
-            piece.holders += 1
-        self._reach(self._now)
-        old, self._held[id_] = self._held.get(id_, []), list(pieces)
-        self._release(old)
-
-    def _release(self, pieces: Sequence[_Piece]) -> None:
-        for piece in pieces:
-            piece.holders -= 1
-            if not piece.holders:
-                self._now -= piece.nbytes
-                self._of[piece.kind or "others"] -= piece.nbytes
-
-    def _let_go(self, ids: Iterable[int]) -> None:
-        for id_ in ids:
-            self._release(self._held.pop(id_, []))
-
     def _fresh(self, id_: int, laid: Laid) -> None:
         self._laid[id_] = laid
-        self._hold(id_, _Piece(laid.nbytes))
-
-    def _working(self, nbytes: int) -> None:
-        self._reach(self._now + nbytes)
+        self._hold(id_, Piece(laid.nbytes))
 
     def free(self, instruction: Instruction) -> None:
         """What the instruction frees."""
@@ -228,11 +164,11 @@ class _Ledger:
         for lists in alike.values():
             there = together(held, {self.loop.ways[list_] for list_ in lists})
             nbytes = self._entries[lists[0]].nbytes
-            own = _Piece(nbytes)
+            own = Piece(nbytes, self._entries[lists[0]].kind)
             others += nbytes * len(there - {self._pass})
             for list_ in lists:
                 self._hold(list_, *([own] if self._pass in held[self.loop.ways[list_]] else ()))
-        self._hold(_OTHERS, _Piece(others))
+        self._hold(_OTHERS, Piece(others, "activations"))
         self._wait_for_messages(self.loop.parts[part].start)
 
     def leave(self) -> None:
@@ -267,7 +203,7 @@ class _Ledger:
                 working += result.nbytes if result.shares is None else 0
                 continue
             self._laid[out] = result.laid
-            self._hold(out, _Piece(result.nbytes) if result.shares is None else self._piece(given[result.shares]))
+            self._hold(out, Piece(result.nbytes) if result.shares is None else self._piece(given[result.shares]))
         self._working(working)
 
     def _effect(self, instruction: Instruction, given: list[int]) -> tuple[Any, int]:
@@ -325,7 +261,7 @@ class _Ledger:
     def _lengths(self, shape: Sequence[Any]) -> tuple[int, ...]:
         return tuple(self._here(n) if isinstance(n, PerRank) else n for n in shape)
 
-    def _piece(self, id_: int) -> _Piece:
+    def _piece(self, id_: int) -> Piece:
         (piece,) = self._held[id_]
         return piece
 
@@ -338,19 +274,19 @@ class _Ledger:
             self._hold(handle)
             return
         found, laid = self._footprint(instruction.op.removesuffix("_start"), xs, axes, rest[0] if rest else ())
-        message = _Piece(sum(x.nbytes for x in laid)) if found.early else _Piece(0)
+        message = Piece(sum(x.nbytes for x in laid)) if found.early else Piece(0)
         self._footprints[handle], self._results[handle] = found, laid
-        self._hold(handle, _Piece(found.held, "others"), message)
+        self._hold(handle, Piece(found.held, "others"), message)
 
     def _wait(self, instruction: Instruction) -> None:
         handle = instruction.args[0].id
         if handle not in self._footprints:  # of a sum in place
             return
         found, laid = self._footprints.pop(handle), self._results.pop(handle)
-        joined = self._held[handle][1] if found.early else _Piece(sum(x.nbytes for x in laid))
+        joined = self._held[handle][1] if found.early else Piece(sum(x.nbytes for x in laid))
         for out, x in zip(flat_ids(instruction.outs), laid, strict=True):
             self._laid[out] = x
-            self._hold(out, joined if found.joined else _Piece(x.nbytes))
+            self._hold(out, joined if found.joined else Piece(x.nbytes))
         self._working(found.working)
 
     def _exchange(self, instruction: Instruction) -> None:
@@ -374,7 +310,7 @@ class _Ledger:
     def _joined(self, outs: Sequence[int], shapes: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
         """Tensors in one piece of memory."""
         laid = [dense(self._lengths(shape), dtype) for shape in shapes]
-        memory = _Piece(sum(x.nbytes for x in laid))
+        memory = Piece(sum(x.nbytes for x in laid))
         for out, x in zip(outs, laid, strict=True):
             self._laid[out] = x
             self._hold(out, memory)
@@ -385,12 +321,12 @@ class _Ledger:
         """A copy is sent, and held until it has arrived: here, until the next one is sent in its place."""
         held = _SENT - self._index
         self._sent.append(held)
-        self._hold(held, _Piece(sum(self._laid[x.id].nbytes for x in instruction.args[0])))
+        self._hold(held, Piece(sum(self._laid[x.id].nbytes for x in instruction.args[0])))
 
     def _receive(self, instruction: Instruction) -> None:
         shapes, dtype = instruction.args[2:]
-        self._joined(instruction.outs, shapes, dtype)
         self._wait_for_messages(self._index)
+        self._joined(instruction.outs, shapes, dtype)
 
     def _received(self, instruction: Instruction) -> int:
         shapes, dtype = instruction.args[2:]
@@ -398,7 +334,8 @@ class _Ledger:
 
     def _wait_for_messages(self, index: int) -> None:
         """Hold what is received ahead at this place."""
-        self._hold(_AHEAD, _Piece(self._waiting.at(index, self._pass)))
+        self._let_go((_AHEAD,))
+        self._hold(_AHEAD, Piece(self._waiting.at(index, self._pass)))
 
     def _messages_gone(self) -> None:
         """Time has gone by since messages were sent."""
@@ -429,7 +366,7 @@ class _Ledger:
         if list_ in self.loop.ways:
             self._hold(list_, *self._held[list_], own)
             return
-        passes_between = _Piece(own.nbytes * (self._mesh.steps - 2))
+        passes_between = Piece(own.nbytes * (self._mesh.steps - 2))
         self._hold(list_, self._held[list_][0], passes_between, own)
 
     def _take(self, instruction: Instruction) -> None:

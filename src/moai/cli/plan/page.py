@@ -22,7 +22,7 @@ from moai.plan.plan import Plan
 from moai.plan.search import Candidate
 from moai.version import __version__
 
-_WIDTH, _LEFT, _ROW, _GAP, _HEIGHT = 1100, 150, 26, 6, 240
+_WIDTH, _LEFT, _ROW, _GAP, _HEIGHT = 1100, 190, 26, 6, 240
 _COLOURS = {
     "forward": "#4c78a8",
     "backward": "#2f9e6e",
@@ -30,6 +30,7 @@ _COLOURS = {
     "message": "#c8553d",
     "optimizer": "#7a5195",
 }
+_WAITING = "#eef0f3"
 _SAID = {
     "forward": "forward",
     "backward": "backward",
@@ -110,13 +111,14 @@ def _drawings(prediction: Prediction, plan: Plan, budget_bytes: int, course: Cou
     yield "<h2>The step on every device</h2>"
     if shown < plan.micro:
         yield f'<p class="quiet">Drawn with {shown} of its {plan.micro} micro-batches.</p>'
-    yield "<p>" + "".join(_key(kind) for kind in _COLOURS) + "</p>"
+    waiting = f'<span class="key" style="background:{_WAITING}"></span>waiting for other stages'
+    yield "<p>" + "".join(_key(kind) for kind in _COLOURS) + (waiting if plan.pp > 1 else "") + "</p>"
     yield _timeline(rows[:_MOST_ROWS], end, plan)
     if len(rows) > _MOST_ROWS:
         yield f'<p class="quiet">The first {_MOST_ROWS} of {len(rows)} stages.</p>'
     yield "<h2>Memory of a device</h2>"
     fullest = max(rows, key=lambda lane: prediction.stages[lane.stage].memory.total)
-    curve = held(prediction, fullest, drawn) if course is None else [(end * part, level) for part, level in course]
+    curve = held(prediction, fullest) if course is None else [(end * part, level) for part, level in course]
     yield _memory(curve, end, budget_bytes, _devices(fullest.stage, plan))
     parts = prediction.stages[fullest.stage].memory
     sizes = ", ".join(f"{figures.MEMORY[n]} {size(getattr(parts, n))}" for n in figures.MEMORY)
@@ -130,7 +132,12 @@ def _key(kind: str) -> str:
 def _devices(stage: int, plan: Plan) -> str:
     each = plan.dp * plan.tp
     first, last = stage * each, (stage + 1) * each - 1
-    return f"device {first}" if each == 1 else f"devices {first}-{last}"
+    devices = f"device {first}" if each == 1 else f"devices {first}-{last}"
+    return devices if plan.pp == 1 or plan.layers is None else f"{devices}: {_layers(plan.layers[stage])}"
+
+
+def _layers(n: int) -> str:
+    return "1 layer" if n == 1 else f"{n} layers"
 
 
 def _timeline(rows: Sequence[Lane], end: float, plan: Plan) -> str:
@@ -139,10 +146,11 @@ def _timeline(rows: Sequence[Lane], end: float, plan: Plan) -> str:
     for at, lane in enumerate(rows):
         y = at * (_ROW + _GAP)
         shapes.append(f'<text x="0" y="{y + 18}">{_devices(lane.stage, plan)}</text>')
-        shapes.append(f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH - _LEFT}" height="{_ROW}" fill="#eef0f3"/>')
+        shapes.append(f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH - _LEFT}" height="{_ROW}" fill="{_WAITING}"/>')
         for span in lane.spans:
             x, until = _x(span.begin, end), _x(span.end, end)
-            tip = f"{_SAID[span.kind]}, {seconds(span.end - span.begin)}"
+            which = "" if span.micro is None else f" of micro-batch {span.micro + 1}"
+            tip = f"{_SAID[span.kind]}{which}, {seconds(span.end - span.begin)}"
             shapes.append(
                 f'<rect x="{x:.2f}" y="{y}" width="{max(until - x, 0.1):.2f}" height="{_ROW}" '
                 f'fill="{_COLOURS[span.kind]}"><title>{tip}</title></rect>'

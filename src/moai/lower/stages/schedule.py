@@ -14,6 +14,9 @@ from moai.plan.plan import Schedule
 
 Order = tuple[tuple[int, int], ...]  # (part, pass)
 
+# The parts of a device with one stage. What others have is said in `messages` and `weights`.
+FORWARD, BACKWARD = 0, 1
+
 
 def order(schedule: Schedule, device: int, devices: int, passes: int, chunks: int = 1) -> Order:
     """`chunks`: the stages of each device, for "interleaved"."""
@@ -22,7 +25,7 @@ def order(schedule: Schedule, device: int, devices: int, passes: int, chunks: in
     if schedule == "zero_bubble":
         return tuple(_zero_bubble(device, devices, passes))
     first = passes if schedule == "gpipe" else devices - device
-    forwards, backwards = ([(part, step) for step in range(passes)] for part in (0, 1))
+    forwards, backwards = ([(part, step) for step in range(passes)] for part in (FORWARD, BACKWARD))
     return tuple(_in_turns(forwards, backwards, first))
 
 
@@ -43,10 +46,10 @@ def _zero_bubble(device: int, devices: int, passes: int) -> Iterator[tuple[int, 
     as many passes later as a device's number says. Each of them begins with the fewer forwards the later it is, so that
     all hold as much as the first one does with 1F1B."""
     late = iter([(2, step) for step in range(passes)])
-    turns = _in_turns([(0, step) for step in range(passes)], [(1, step) for step in range(passes)], devices - device)
-    for part, step in turns:
+    forwards, backwards = ([(part, step) for step in range(passes)] for part in (FORWARD, BACKWARD))
+    for part, step in _in_turns(forwards, backwards, devices - device):
         yield part, step
-        if part == 1 and step >= device:
+        if part == BACKWARD and step >= device:
             yield from _next(late)
     yield from late
 

@@ -1,0 +1,187 @@
+"""What a pipeline's step takes beside theory and prediction: `python -m benchmarks.pipeline`
+
+Small models' later training steps are run on 2 and on 4 CPU workers, as so many stages, with several numbers of
+micro-batches; and on one worker with the same micro-batches. Times are as in `benchmarks.regret`: by the devices' own
+clocks, of each device's fastest run. Nothing is compiled. Figures by plan:
+
+- `measured`: seconds of a step. `ideal`: those of one worker over the number of stages: no bubble, no messages.
+- `over_ideal`: the first over the second; `theory`: what the schedule's bubble alone makes of it, (m + S - 1) / m for m
+  micro-batches on S stages. `uneven`: what the stages' differences make of it, too, as predicted.
+- `predicted`: seconds, with what layers of the model take in their place; `error`: |predicted / measured - 1|.
+
+More workers than cores share them: their `over_ideal` says nothing, and while one waits for others these are faster.
+How long a step is beside `torch.distributed.pipelining`, `python -m benchmarks.peers --compare pipeline` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.regret import Predictions, measure, profile_of
+from benchmarks.steps import Script, Steps, recording
+from moai.plan.cost import Prediction
+from moai.plan.plan import Plan, Schedule
+from moai.plan.profile import Profiled
+from moai.platform import clusters, pool
+from moai.profiling.layers import LayerMeasurement
+from moai.runtime.accelerator import Accelerator
+
+# Micro-batches for each stage, and the orders they are run in.
+TIMES = (1, 2, 4)
+SCHEDULES: tuple[Schedule, ...] = ("1f1b", "gpipe")
+_COMMON = {"bos_token_id": 0, "eos_token_id": 0}
+MODELS = {
+    "gpt2": Script(
+        "GPT2Config",
+        {"n_embd": 256, "n_layer": 8, "n_head": 8, "n_positions": 128, "vocab_size": 1000, **_COMMON},
+        batch=16,
+        sequence=64,
+    ),
+    "llama": Script(
+        "LlamaConfig",
+        {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "vocab_size": 1000,
+            **_COMMON,
+        },
+        batch=16,
+        sequence=64,
+    ),
+}
+
+
+def figures_of(steps: Steps, stages: int, quick: bool) -> list[dict[str, Any]]:
+    """The figures of the module docstring of one model, by plan: two of them if it is to be `quick`."""
+    counts = [stages * times for times in TIMES[: 2 if quick else None] if stages * times <= steps.script.batch]
+    alone = _alone(steps, counts)
+    devices = pool.take(stages)
+    cluster = clusters.of_devices(devices)
+    accelerator = Accelerator(devices)
+    try:
+        profile = profile_of(accelerator, devices)
+        tasks = LayerMeasurement(accelerator, steps.first, None).run()
+        timings = Profiled(replace(profile, tasks=tasks), cluster)
+        predictions = Predictions(steps, cluster)
+        found: dict[Plan, Prediction] = {}
+        for micro in counts:
+            for schedule in SCHEDULES[: 1 if quick else None]:
+                plan = Plan(pp=stages, micro=micro, schedule=schedule)
+                its = predictions.prediction(plan, timings)
+                found[replace(plan, layers=tuple(stage.layers for stage in its.stages))] = its
+        measured = measure(steps, list(found), accelerator)
+    finally:
+        accelerator.close()
+    return [_of_plan(plan, found[plan], seconds, alone[plan.micro]) for plan, seconds in measured.items()]
+
+
+def _alone(steps: Steps, counts: Sequence[int]) -> dict[int, float]:
+    """Seconds on one worker, by number of micro-batches."""
+    accelerator = Accelerator(pool.take(1))
+    try:
+        found = measure(steps, [Plan(micro=micro) for micro in counts], accelerator)
+    finally:
+        accelerator.close()
+    return {plan.micro: seconds for plan, seconds in found.items()}
+
+
+def _of_plan(plan: Plan, predicted: Prediction, measured: float, alone: float) -> dict[str, Any]:
+    ideal = alone / plan.pp
+    every = [stage.forward_s + stage.backward_s for stage in predicted.stages]
+    turns = (plan.micro - 1) * max(every) + sum(every)
+    return {
+        "plan": str(plan),
+        "measured": measured,
+        "ideal": ideal,
+        "over_ideal": measured / ideal,
+        "theory": theory(plan.pp, plan.micro),
+        "uneven": turns / (plan.micro * statistics.mean(every)),
+        "predicted": predicted.step_s,
+        "error": abs(predicted.step_s / measured - 1),
+    }
+
+
+def theory(stages: int, micro: int) -> float:
+    """What the bubble of GPipe or 1F1B makes of a step of equal stages."""
+    return (micro + stages - 1) / micro
+
+
+def table(figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The figures as Markdown, and the mean error of all of them."""
+    rows = [
+        [
+            name,
+            each["plan"],
+            f"{each['measured'] * 1e3:.1f}",
+            *(f"{each[k]:.2f}" for k in _RATIOS),
+            f"{each['error']:.0%}",
+        ]
+        for name, plans in figures.items()
+        for each in plans
+    ]
+    head = [
+        "model, workers",
+        "plan",
+        "step, ms",
+        "over the ideal",
+        "theory",
+        "with uneven stages",
+        "error of the prediction",
+    ]
+    errors = [each["error"] for plans in figures.values() for each in plans]
+    return f"{results.markdown(head, rows)}\n\nMean error of the predicted step: {statistics.mean(errors):.1%}."
+
+
+_RATIOS = ("over_ideal", "theory", "uneven")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pipeline", description="A pipeline's step beside theory and prediction."
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--record", action="store_true", help="append them to benchmarks/RESULTS.md")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)}")
+    parser.add_argument("--stages", default="2,4", help="numbers of stages, with commas between")
+    parser.add_argument("--quick", action="store_true", help="two plans of each")
+    options = parser.parse_args(arguments)
+    names = options.models.split(",")
+    if not set(names) <= set(MODELS):
+        parser.error(f"--models: expected some of {','.join(MODELS)}")
+    try:
+        counts = [int(n) for n in options.stages.split(",")]
+    except ValueError:
+        parser.error("--stages: expected numbers, with commas between")
+    os.environ["MOAI_COMPILE"] = "never"  # for the workers
+    machine = results.provenance()
+    neighbours = results.Neighbours()
+    found = {}
+    with recording() as recorder:
+        for name in names:
+            steps = recorder.steps(MODELS[name])
+            for n in counts:
+                print(f"{name}, {n}", file=sys.stderr, flush=True)
+                found[f"{name}, {n}"] = figures_of(steps, n, options.quick)
+    others = neighbours.share()
+    text = f"{table(found)} Other programs took {others:.0%} of the machine's time."
+    print(text)
+    if options.json:
+        results.write_json(options.json, {"by_model": found, "others_cpu": others, "run": machine})
+    if options.record:
+        results.record("Pipeline", text, machine)
+
+
+if __name__ == "__main__":
+    main()
