@@ -23,12 +23,6 @@ for _ in range(4):
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     print(loss.item())
 """
-STAGED = """
-import dataclasses, sys
-from moai.plan.space import Allowed
-by = Allowed.by
-Allowed.by = staticmethod(lambda options: dataclasses.replace(by(options), pp=2))
-""" + TRAIN.replace("range(3)", "range(4)")
 EVALUATED_FIRST = """
 import sys, torch
 from moai.lower import lower_cached
@@ -38,7 +32,7 @@ from moai.planning.planner import Planned
 class TensorParallel:
     def __init__(self, *args): pass
     def choose(self, graph, given, taken):
-        return Planned(Plan(tp=2), lower_cached(graph, Plan(tp=2), given))
+        return Planned(Plan(tp=2), lower_cached(graph, Plan(tp=2), given), "tp : 2")
 
 if sys.argv[1] == "cuda":
     torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
@@ -57,6 +51,12 @@ for _ in range(2):
     print(loss.item())
 print((model(x) - seen).detach().abs().sum().item())
 """
+STAGED = """
+import dataclasses, sys
+from moai.plan.space import Allowed
+by = Allowed.by
+Allowed.by = staticmethod(lambda options: dataclasses.replace(by(options), pp=2))
+""" + TRAIN.replace("range(3)", "range(4)")
 DUMP = "advanced_parallelization_selected_config.dump"
 CONFIG = r"No PP, (No TP|tp : \d+), dp : \d+, num_micro_batches : \d+, recomputation : \w+\(\d\), distribute_param .*"
 # As the original's log has them (its section on advanced parallelization), but for those of the accelerator's start.
@@ -160,22 +160,21 @@ def test_the_table_of_candidates_goes_to_the_log_or_to_a_file(run, tmp_path):
     assert "dropped : " in "".join(table)
 
 
-def test_stages_that_are_chosen_are_run_and_found_again(run, tmp_path):
-    (tmp_path / "train.py").write_text(STAGED)
-    plain = losses(run(device="cpu", MOAI_CUDA="0"))
+def test_stages_that_are_chosen_are_run_and_found_again(run):
+    plain = losses(run(device="cpu", script=STAGED, MOAI_CUDA="0"))
     for _ in range(2):
-        done = run()
+        done = run(script=STAGED)
         assert losses(done) == pytest.approx(plain, rel=1e-10)
         (line,) = [line for line in said(done) if line.startswith("num_stages")]
         assert line.startswith("num_stages : 2, num_micro_batches : 2, batch_per_device : 4, No TP, dp : 1, ")
         assert line.endswith("layers : 2+2")
 
 
-def test_there_are_no_stages_where_an_evaluation_has_spread_the_weights(run, tmp_path):
+def test_an_evaluation_before_the_first_step_keeps_no_stages_away(run):
     evaluated = (
         "with torch.no_grad(): print(model(torch.ones(8, 64, dtype=torch.float64).to(sys.argv[1])).sum().item())"
     )
-    (tmp_path / "train.py").write_text(TRAIN.replace("for _ in range(4):", f"{evaluated}\nfor _ in range(4):"))
-    done = run()
-    assert losses(done) == pytest.approx(losses(run(device="cpu", MOAI_CUDA="0")), rel=1e-10)
-    assert any(line.startswith("There will be no stages") for line in said(done))
+    script = STAGED.replace("for _ in range(4):", f"{evaluated}\nfor _ in range(4):")
+    done = run(script=script)
+    assert losses(done) == pytest.approx(losses(run(device="cpu", script=script, MOAI_CUDA="0")), rel=1e-10)
+    assert any(line.startswith("num_stages : 2") for line in said(done))

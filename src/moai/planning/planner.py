@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moai.graph.placement import REPLICATE, Placement
+from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph
 from moai.lower import lower_cached
 from moai.lower.inputs import batch_sizes, global_batch
@@ -77,7 +77,6 @@ class Planner:
         if len(sizes) > 1:
             logger.warning("Various batch size detected : %s", ", ".join(map(str, sizes)))
             allowed = replace(allowed, most_stages=1)
-        allowed = _beside(given, allowed, self._cluster.n_devices)
         begin = time.monotonic()
         name = remembered.key(graph, self._base, given, self._cluster, self._profile, allowed, usable)
         known = remembered.find(name)
@@ -153,18 +152,6 @@ class Planner:
             if program.peak_bytes + taken <= self._memory_bytes:
                 return Planned(plan, program, plan.line(choice.batch))
         raise NoPlan(f"No plan fits: those that nearly do need more when all is counted. {_ADVICE}", choice.candidates)
-
-
-def _beside(given: Sequence[Placement | None], allowed: Allowed, n_devices: int) -> Allowed:
-    """What is allowed where an earlier step, as an evaluation, has left this one's inputs on the devices: all of them
-    have the weights, and data stay shared by as many as they are."""
-    there = [placement for placement in given if placement is not None]
-    if not there:
-        return allowed
-    logger.info("There will be no stages: an earlier step has left its weights on all devices.")
-    if all(placement == REPLICATE for placement in there):
-        return replace(allowed, most_stages=1)
-    return replace(allowed, most_stages=1, dp=n_devices)
 
 
 def _memory_of(choice: Choice, plan: Plan, numbers: tuple[int, int]) -> Remembered:
