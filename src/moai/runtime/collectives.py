@@ -92,8 +92,8 @@ class Distributed:
 
     def __init__(self, device: torch.device, rank: int, size: int, store: dist.Store) -> None:
         """Meets the `size - 1` other devices at `store`; blocks until all are there."""
-        # Not with `device_id`: NCCL would split the communicators of later groups from this one's, which every device has
-        # to take part in, and the two devices that a pair of stages has meet alone.
+        # Not with `device_id`: NCCL would split the communicators of later groups from this one's, in which all devices
+        # have to take part, and the two devices of a pair of stages meet alone.
         backend = "gloo" if device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         self._rank = rank
