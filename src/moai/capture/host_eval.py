@@ -36,7 +36,7 @@ logger = logging.getLogger("moai")
 # Positions of a step of 8,192 samples of 2,048 tokens, which take the host a tenth of a second, and the devices longer.
 MAX_ELEMENTS = 1 << 24
 # The devices' business, whatever the size: long work for few elements, and random numbers, which a GPU draws otherwise.
-_FOR_DEVICES = frozenset(
+FOR_DEVICES = frozenset(
     f"{name}.default"
     for name in (
         "aten.mm",
@@ -98,7 +98,7 @@ def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
         if written & needed:
             calls.append(node)
             needed |= {s.sid for s in tensor_specs(node)}
-            if node.operator.name in _FOR_DEVICES:
+            if node.operator.name in FOR_DEVICES:
                 return None
         if len(calls) > limit or looked_at > 2 * limit:
             return None
@@ -178,15 +178,6 @@ def run_on_host(
         _said.add(operator.name)
         logger.debug("%s does not fit into a graph of known shapes without writes; it runs on the host.", operator.name)
 
-    def down(arg: Any) -> Any:
-        if isinstance(arg, torch.Tensor):
-            return arg if arg.device.type == "cpu" else read(arg)
-        if isinstance(arg, (list, tuple)):
-            return [down(a) for a in arg]
-        if isinstance(arg, Seed):
-            return int(arg)
-        return _CPU if isinstance(arg, torch.device) else arg
-
     def up(result: Any) -> Any:
         if isinstance(result, torch.Tensor):
             return upload(result)
@@ -194,8 +185,7 @@ def run_on_host(
             return type(result)(up(r) for r in result)
         return result
 
-    host_args = [down(a) for a in args]
-    host_kwargs = {k: down(v) for k, v in kwargs.items()}
+    host_args, host_kwargs = on_host(args, read), on_host(kwargs, read)
     with torch.no_grad():
         result = operator.op(*host_args, **host_kwargs)
     if not operator.mutated:
@@ -211,3 +201,16 @@ def run_on_host(
     returned = result if isinstance(result, tuple) else (result,)
     results = [up(r) if i is None else targets[i] for r, i in zip(returned, operator.returned, strict=False)]
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def on_host(value: Any, read: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Arguments as the host's kernels take them."""
+    if isinstance(value, torch.Tensor):
+        return value if value.device.type == "cpu" else read(value)
+    if isinstance(value, (list, tuple)):
+        return [on_host(v, read) for v in value]
+    if isinstance(value, dict):
+        return {k: on_host(v, read) for k, v in value.items()}
+    if isinstance(value, Seed):
+        return int(value)
+    return _CPU if isinstance(value, torch.device) else value

@@ -29,13 +29,18 @@ _STATE_LOADERS = frozenset(
 _names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def in_backward() -> bool:
+    """Whether autograd makes the call."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def origin_of_current_call(in_optimizer: bool) -> Origin:
     """Phase, innermost module's path, autograd sequence number and the script's line of the call being recorded. A
     closure that an optimizer calls (LBFGS) is a forward and a backward of its own."""
-    in_backward = torch._C._current_graph_task_id() != -1
+    backward = in_backward()
     updating = in_optimizer and not torch.is_grad_enabled()
-    phase = "backward" if in_backward else "optimizer" if updating else "forward"
-    node = torch._C._current_autograd_node() if in_backward else None
+    phase = "backward" if backward else "optimizer" if updating else "forward"
+    node = torch._C._current_autograd_node() if backward else None
     if node is not None:
         return Origin("backward", node.name(), node._sequence_nr(), "")
     sequence = torch._C._autograd._get_sequence_nr() - 1 if phase == "forward" else -1
@@ -44,8 +49,7 @@ def origin_of_current_call(in_optimizer: bool) -> Origin:
 
 def backward_keeps_graph() -> bool:
     """Whether the running backward pass was asked to retain its graph."""
-    in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and torch._C._autograd._get_current_graph_task_keep_graph()
+    return in_backward() and torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def script_line() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moai.capture import describe, host_eval, meta, provenance
+from moai.capture import at_hand, describe, host_eval, meta, provenance
 from moai.capture.describe import Maker
 from moai.capture.functionalize import functionalize
 from moai.capture.geometry import contiguous_stride
@@ -97,6 +97,13 @@ class Recorder:
 
     def record(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record one call; returns what the operator returns, without values."""
+        if not torch.is_grad_enabled() and not self.in_optimizer and not provenance.in_backward():
+            if at_hand.may_be(args, kwargs):
+                result = at_hand.compute(self, operator, args, kwargs)
+                if result is not at_hand.UNKNOWN:
+                    return result
+            if not operator.mutated:
+                args = at_hand.alone(self, args)
         segment = self.segment
         if segment.optimizer_done and not self.in_optimizer and _begins_a_step(args):
             self.flush()
@@ -303,7 +310,7 @@ class Recorder:
             asked = self._asked_about(record)
             self.flush(reading=record)
             for number in asked:
-                self._keep_on_host(number)
+                self.keep_on_host(number)
         if record.value is not None and record.value.role == "undefined":
             return torch.zeros(tensor.size(), dtype=tensor.dtype)
         if record.value is None:
@@ -333,7 +340,8 @@ class Recorder:
         found = [self.segment.alive[spec.sid]() for spec in tensor_specs(call)]
         return [r for r in found if r is not None and not r.base[0]]
 
-    def _keep_on_host(self, record: Record) -> None:
+    def keep_on_host(self, record: Record) -> None:
+        """Fetch the content of a small storage, if it is on the devices only."""
         if record.value is not None and record.value.buffer is not None and record.value.host is None:
             self._fetched(record)
 

@@ -80,6 +80,7 @@ def _install() -> None:
         autocast,
         compiling,
         factories,
+        generation,
         generator,
         legacy_types,
         modules,
@@ -102,5 +103,6 @@ def _install() -> None:
     autocast.rename()
     serialization.install()
     compiling.install()
+    generation.install()
     parallel.install()
     process_group.install()

@@ -8,18 +8,14 @@ and reads no file with weights.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moai.capture.recorder import Recorder
 from moai.capture.values import Value, record_of
+from moai.device.importing import when_imported
 from moai.dry.values import Nowhere
 
 _HOME = "transformers.modeling_utils"
@@ -31,10 +27,7 @@ def install(recorder: Recorder) -> None:
     for name in [n for n in vars(torch.nn.init) if n.endswith("_") and not n.startswith("_")]:
         setattr(torch.nn.init, name, _unless_on_accelerator(getattr(torch.nn.init, name)))
     torch.optim.Optimizer.__init__ = _optimizer(recorder, torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
-    if _HOME in sys.modules:
-        _change_transformers(sys.modules[_HOME])
-    else:
-        sys.meta_path.insert(0, _Importing())
+    when_imported(_HOME, _change_transformers)
 
 
 def _parameters(recorder: Recorder) -> None:
@@ -86,33 +79,6 @@ def _optimizer(recorder: Recorder, initialise: Callable[..., Any]) -> Callable[.
 
 
 # ---------------------------------------------------------------- transformers
-
-
-class _Importing(MetaPathFinder):
-    """Changes transformers when it has been imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _HOME:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Changing(spec.loader)
-        return spec
-
-
-class _Changing(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _change_transformers(module)
 
 
 def _change_transformers(modeling_utils: Any) -> None:
