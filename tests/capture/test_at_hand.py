@@ -121,3 +121,13 @@ def program(device: str, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(40))
 def test_programs_on_whole_numbers_have_the_numbers_of_one_device(seed: int, capture: Observed) -> None:
     assert_same([program("cuda", seed)], [program("cpu", seed)])
+
+
+def test_what_is_made_of_numbers_alone_is_no_data(capture: Observed) -> None:
+    weight = torch.ones(4, 4, requires_grad=True, device="cuda")
+    x = torch.ones(8, 4).cuda()
+    loss = (x @ (weight + torch.eye(4, device="cuda"))).sum()
+    loss.backward()
+    assert loss.item() == 8 * (16 + 4)
+    (graph,) = capture.graphs
+    assert [graph.types[i.id].shape for i in graph.inputs if i.batch] == [(8, 4)]

@@ -40,15 +40,15 @@ def compute(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwarg
     """The result of a call; UNKNOWN if it is to be recorded."""
     if not operator.name.startswith("aten.") or operator.name in host_eval.FOR_DEVICES or operator.is_out_variant:
         return UNKNOWN
-    tensors = list(_tensors((*args, *kwargs.values())))
-    if any(t.dtype not in _WHOLE or t.numel() > MAX_ELEMENTS for t in tensors):
+    given = list(tensors((*args, *kwargs.values())))
+    if any(t.dtype not in _WHOLE or t.numel() > MAX_ELEMENTS for t in given):
         return UNKNOWN
-    if kwargs.get("dtype") not in _WHOLE and (not tensors or kwargs.get("dtype") is not None):
+    if kwargs.get("dtype") not in _WHOLE and (not given or kwargs.get("dtype") is not None):
         return UNKNOWN
     made = meta.infer(operator, args, kwargs)
-    if any(t.numel() > MAX_ELEMENTS or t.dtype not in _WHOLE for t in _tensors((made,))):
+    if any(t.numel() > MAX_ELEMENTS or t.dtype not in _WHOLE for t in tensors((made,))):
         return UNKNOWN
-    records = [record_of(t) for t in tensors if t.device.type != "cpu"]
+    records = [record_of(t) for t in given if t.device.type != "cpu"]
     elsewhere = [r for r in records if not _is_at_hand(recorder, r)]
     if elsewhere:
         if operator.name not in _JOINS or len(elsewhere) == len(records):
@@ -57,7 +57,7 @@ def compute(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwarg
     if operator.mutated:
         return _written(recorder, operator, args, kwargs)
     role = _role(records)
-    return host_eval.run_on_host(operator, args, kwargs, recorder.read, lambda x: _uploaded(recorder, x, role))
+    return host_eval.run_on_host(operator, args, kwargs, recorder.read, lambda x: recorder.upload_result(x, role))
 
 
 def alone(recorder: Recorder, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,28 +67,21 @@ def alone(recorder: Recorder, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(arg, torch.Tensor) and arg.dtype in _WHOLE and arg.numel() <= MAX_ELEMENTS:
             record = record_of(arg) if arg.device.type != "cpu" else None
             if record is not None and arg.size() != record.base[0] and _is_at_hand(recorder, record):
-                args = (*args[:k], _uploaded(recorder, recorder.read(arg), _role((record,))), *args[k + 1 :])
+                args = (*args[:k], recorder.upload_result(recorder.read(arg), _role((record,))), *args[k + 1 :])
     return args
-
-
-def _uploaded(recorder: Recorder, tensor: torch.Tensor, role: Role) -> torch.Tensor:
-    uploaded = recorder.upload(tensor, ends_segment=False)
-    value = record_of(uploaded).value
-    assert value is not None
-    value.role = role
-    return uploaded
 
 
 def _role(records: Iterable[Record]) -> Role:
     return "batch" if any(r.value is not None and r.value.role == "batch" for r in records) else "state"
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those in a call's arguments, lists included."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _is_at_hand(recorder: Recorder, record: Record) -> bool:

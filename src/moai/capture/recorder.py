@@ -22,7 +22,7 @@ from moai.capture.held import KEEP_BYTES, HeldValues, dropped_text
 from moai.capture.operators import Operator
 from moai.capture.segment import OpenSegment, missing_text
 from moai.capture.trace import Call, OutSpec, tensor_specs
-from moai.capture.values import Base, Record, Value, geometry_of, record_of
+from moai.capture.values import Base, Record, Role, Value, geometry_of, record_of
 from moai.graph.step_graph import StepGraph
 
 # A value is worked out on the host if that takes at most this many operators and elements.
@@ -129,7 +129,7 @@ class Recorder:
         args, kwargs = self._adopt_host_tensors(operator, args, kwargs)
         result = meta.infer(operator, args, kwargs)
         if result is meta.UNKNOWN:
-            return host_eval.run_on_host(operator, args, kwargs, self.read, self._upload_result)
+            return self._run_on_host(operator, args, kwargs)
         if operator.is_out_variant:
             describe.resize_outputs(operator, kwargs, result)
         segment = self.segment
@@ -158,6 +158,20 @@ class Recorder:
         self.n_calls += 1
         self.stats.recorded += 1
         return segment.written(call, args, kwargs) if call.writes else segment.nested(call.outs)
+
+    def _run_on_host(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is made of numbers alone, as an identity matrix is, is no data."""
+        written = [args[i] for i in operator.mutated if i < len(args)]
+        written += [kwargs[name] for name in operator.mutated_names if name in kwargs]
+        targets = {id(t) for t in at_hand.tensors(written)}
+        data = [t for t in at_hand.tensors((*args, *kwargs.values())) if id(t) not in targets]
+        role: Role = "batch" if data else "state"
+        result = host_eval.run_on_host(operator, args, kwargs, self.read, lambda x: self.upload_result(x, role))
+        for target in at_hand.tensors(written):
+            value = record_of(target).value
+            if not data and operator.is_out_variant and value is not None and value.role == "batch":
+                value.role = "state"
+        return result
 
     def _adopt_host_tensors(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Upload the CPU tensors that CUDA would accept beside device tensors (0-dim ones, index tensors)."""
@@ -205,9 +219,13 @@ class Recorder:
         self.fill_from_host(result, tensor, ends_segment)
         return result
 
-    def _upload_result(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the host computed for the script is no batch: it begins nothing."""
-        return self.upload(tensor, ends_segment=False)
+    def upload_result(self, tensor: torch.Tensor, role: Role) -> torch.Tensor:
+        """What the host computed for the script, which begins no step."""
+        result = self.upload(tensor, ends_segment=False)
+        value = record_of(result).value
+        assert value is not None
+        value.role = role
+        return result
 
     def fill_from_host(self, target: torch.Tensor, source: torch.Tensor, ends_segment: bool = True) -> bool:
         """Give a newly allocated tensor the content of a CPU tensor, cast and broadcast to its type; False if `target`
