@@ -128,6 +128,7 @@ def test_an_error_in_a_child_is_reported_with_its_traceback() -> None:
         child.close()
 
 
+@pytest.mark.slow
 def test_the_capture_benchmark_finds_that_steady_steps_record_nothing_anew(tmp_path: Path) -> None:
     figures = run(capture, tmp_path, "--layers", "2", "--runs", "1", "--steps", "8")
     assert figures["steady_recorded"] == 0

@@ -190,7 +190,14 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "plan",
-    ["dp=2", "tp=2", "dp=2,micro=2", "dp=2,micro=4,recompute=full", "dp=2,distribute_param=true", "tp=2,micro=2"],
+    [
+        "tp=2",
+        "dp=2,micro=4,recompute=full",
+        *(
+            pytest.param(p, marks=pytest.mark.slow)
+            for p in ("dp=2", "dp=2,micro=2", "dp=2,distribute_param=true", "tp=2,micro=2")
+        ),
+    ],
 )
 def test_a_forced_plan_gives_the_losses_of_one_device_and_is_logged_once(train, reference, plan):
     done = run("--plan", plan, "train.py", "cuda")

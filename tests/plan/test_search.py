@@ -91,7 +91,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return Cluster("test", device, nodes, DEVICES // nodes, inside, between)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(clusters(), st.floats(0.0, 1.0))
 def test_the_search_chooses_what_the_predictions_of_all_plans_would(over, share):
     needs = sorted(found.memory.total for found in every(over).values())

@@ -122,6 +122,7 @@ def test_the_numbers_are_those_of_one_device_and_the_log_is_the_originals(run, t
     assert config(again) == config(done)
 
 
+@pytest.mark.slow
 def test_what_was_evaluated_before_the_plan_was_chosen_is_placed_anew(run):
     plain = losses(run(device="cpu", script=EVALUATED_FIRST, MOAI_CUDA="0"))
     assert losses(run(script=EVALUATED_FIRST)) == pytest.approx(plain, rel=1e-10)

@@ -72,7 +72,7 @@ print(len(plain), max(abs(a - b) / max(abs(a), 1e-3) for a, b in zip(plain, stag
 @pytest.mark.parametrize(
     "plan",
     [
-        "pp=2,micro=4,schedule=interleaved",
+        pytest.param("pp=2,micro=4,schedule=interleaved", marks=pytest.mark.slow),
         "pp=4,micro=4,schedule=zero_bubble,recompute=full",
         pytest.param("pp=2,micro=4", marks=pytest.mark.slow),
         pytest.param("pp=4,micro=4,schedule=gpipe,recompute=full", marks=pytest.mark.slow),

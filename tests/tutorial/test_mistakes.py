@@ -18,6 +18,7 @@ def test_an_unknown_flavor(prepared, tmp_path):
     assert "MOAI_FLAVOR=Huge: no such flavor here. There are: Small." in fails(prepared, tmp_path, MOAI_FLAVOR="Huge")
 
 
+@pytest.mark.slow
 def test_too_many_devices(prepared, tmp_path):
     assert "no free device" in fails(prepared, tmp_path, MOAI_DEVICES="100000")
 
@@ -33,6 +34,7 @@ def test_a_missing_data_set(prepared, tmp_path):
     assert f"Cannot load the data set {tmp_path / 'nothing'}" in error
 
 
+@pytest.mark.slow
 def test_a_data_set_without_prompts(prepared, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
@@ -40,6 +42,7 @@ def test_a_data_set_without_prompts(prepared, tmp_path):
     assert "has no column `prompt`, only ['text']" in error
 
 
+@pytest.mark.slow
 def test_a_data_set_smaller_than_a_batch(prepared, tmp_path):
     assert "less than one batch of 64" in fails(prepared, tmp_path, "--batch-size", 64, MOAI_CUDA="0")
 
@@ -51,5 +54,6 @@ def test_a_save_folder_that_cannot_be_made(prepared, tmp_path):
     assert "Loading" not in error
 
 
+@pytest.mark.slow
 def test_a_size_that_is_not_positive(prepared, tmp_path):
     assert "--batch-size: 0 is not a positive number" in fails(prepared, tmp_path, "--batch-size", 0, MOAI_CUDA="0")
