@@ -15,18 +15,15 @@ How long a step is beside `torch.distributed.pipelining`, `python -m benchmarks.
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.by_model import Benchmark, run
 from benchmarks.regret import Predictions, measure, profile_of
-from benchmarks.steps import Script, Steps, recording
+from benchmarks.steps import Script, Steps
 from moai.plan.cost import Prediction
 from moai.plan.plan import Plan, Schedule
 from moai.plan.profile import Profiled
@@ -148,39 +145,16 @@ _RATIOS = ("over_ideal", "theory", "uneven")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipeline", description="A pipeline's step beside theory and prediction."
+    benchmark = Benchmark(
+        "pipeline",
+        "A pipeline's step beside theory and prediction.",
+        MODELS,
+        ("--stages", "stages", "2,4"),
+        "two plans of each",
+        figures_of,
+        lambda found: f"{table(found)} ",
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--record", action="store_true", help="append them to benchmarks/RESULTS.md")
-    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)}")
-    parser.add_argument("--stages", default="2,4", help="numbers of stages, with commas between")
-    parser.add_argument("--quick", action="store_true", help="two plans of each")
-    options = parser.parse_args(arguments)
-    names = options.models.split(",")
-    if not set(names) <= set(MODELS):
-        parser.error(f"--models: expected some of {','.join(MODELS)}")
-    try:
-        counts = [int(n) for n in options.stages.split(",")]
-    except ValueError:
-        parser.error("--stages: expected numbers, with commas between")
-    os.environ["MOAI_COMPILE"] = "never"  # for the workers
-    machine = results.provenance()
-    neighbours = results.Neighbours()
-    found = {}
-    with recording() as recorder:
-        for name in names:
-            steps = recorder.steps(MODELS[name])
-            for n in counts:
-                print(f"{name}, {n}", file=sys.stderr, flush=True)
-                found[f"{name}, {n}"] = figures_of(steps, n, options.quick)
-    others = neighbours.share()
-    text = f"{table(found)} Other programs took {others:.0%} of the machine's time."
-    print(text)
-    if options.json:
-        results.write_json(options.json, {"by_model": found, "others_cpu": others, "run": machine})
-    if options.record:
-        results.record("Pipeline", text, machine)
+    run(benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,19 @@ run. Nothing is compiled. Figures by model and number of devices:
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import results
-from benchmarks.steps import Script, Steps, made_up, recording
+from benchmarks.by_model import Benchmark, run
+from benchmarks.steps import Script, Steps, made_up
 from moai.lower import lower
 from moai.lower.inputs import global_batch
 from moai.lower.sampling import layers, observe
@@ -242,39 +240,16 @@ def pooled(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.regret", description="The planner's choice beside every plan of this machine."
+    benchmark = Benchmark(
+        "regret",
+        "The planner's choice beside every plan of this machine.",
+        MODELS,
+        ("--devices", "CPU workers", "1,2,4"),
+        "a few plans of each model",
+        lambda steps, n, quick: figures_of(steps, pool.take(n), 6 if quick else None),
+        lambda found: f"{table(found)}\n\n{pooled(found)}\n\n",
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--record", action="store_true", help="append them to benchmarks/RESULTS.md")
-    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)}")
-    parser.add_argument("--devices", default="1,2,4", help="numbers of CPU workers, with commas between")
-    parser.add_argument("--quick", action="store_true", help="a few plans of each model")
-    options = parser.parse_args(arguments)
-    names = options.models.split(",")
-    if not set(names) <= set(MODELS):
-        parser.error(f"--models: expected some of {','.join(MODELS)}")
-    try:
-        counts = [int(n) for n in options.devices.split(",")]
-    except ValueError:
-        parser.error("--devices: expected numbers, with commas between")
-    os.environ["MOAI_COMPILE"] = "never"  # for the workers
-    machine = results.provenance()
-    neighbours = results.Neighbours()
-    found = {}
-    with recording() as recorder:
-        for name in names:
-            steps = recorder.steps(MODELS[name])
-            for n in counts:
-                _say(f"{name} on {n}")
-                found[f"{name}, {n}"] = figures_of(steps, pool.take(n), 6 if options.quick else None)
-    others = neighbours.share()
-    text = f"{table(found)}\n\n{pooled(found)}\n\nOther programs took {others:.0%} of the machine's time."
-    print(text)
-    if options.json:
-        results.write_json(options.json, {"by_model": found, "others_cpu": others, "run": machine})
-    if options.record:
-        results.record("Regret", text, machine)
+    run(benchmark, arguments)
 
 
 def _say(text: str) -> None:
