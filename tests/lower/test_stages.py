@@ -167,6 +167,23 @@ def test_an_update_is_where_its_state_lives() -> None:
     assert program.outputs[0].placement.stages == (2,)  # the loss
 
 
+def test_a_bias_behind_all_else_of_its_stage_is_updated_there() -> None:
+    def step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        params, momenta, x = leaves(args[:8]), args[8:16], args[16]
+        for w, b in zip(params[::2], params[1::2], strict=True):
+            x = x + F.linear(x.tanh(), w, b)
+        grads = gradients(x.square().mean(), params)
+        torch._foreach_mul_(momenta, 0.9)
+        torch._foreach_add_(momenta, grads)
+        torch._foreach_add_(args[:8], momenta, alpha=-0.1)
+        return (x.detach().mean(),)
+
+    state = [t for w in layers(4) for t in (w, torch.zeros(8))]
+    state += [torch.zeros_like(t) for t in state]
+    program = lower(trace(step, state, [torch.randn(16, 8)]), Plan(pp=2, micro=4), [None] * 17)
+    assert [s.placement.stages for s in program.inputs[:16]] == ([(0,)] * 4 + [(1,)] * 4) * 2
+
+
 def test_states_stay_where_they_live() -> None:
     state, x = layers(6), torch.randn(16, 8)
     graph = trace(trained(stacked, 6), state, [x])

@@ -6,13 +6,14 @@ In: the step's code on the mesh of one stage, phases, and where states live alre
   follows from states alone is made where these live, or from copies of them.
 - The forward is cut in the script's order (`cut`), so its messages go up. A state lives where the forward reads it
   first.
-- The backward is where what it reads of the forward is, and not above its gradients: its messages go down.
+- The backward is where what it reads of the forward is, and not above its gradients: its messages go down. Where it
+  reads nothing of the forward (a bias's gradient is a sum), it is where the state lives that it is for.
 - What is done with gradients is done where most of what it reads is.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -44,8 +45,8 @@ _HANDED_ON = frozenset({"accumulate", "collect", "take", "join"})
 @dataclass(frozen=True)
 class Step:
     """What is to be cut. `data`, `states` and `passing` are the inputs, of which the last are activations or gradients
-    of an earlier segment; `changed` are the states that the step replaces; `living` says of inputs on which devices
-    they are already. `phases`: of values. The `stages` are dealt to `devices` in turns.
+    of an earlier segment; `replaced` says of outputs which states they replace; `living` says of inputs on which
+    devices they are already. `phases`: of values. The `stages` are dealt to `devices` in turns.
     `dealt`: how many layers each stage is to have (0: those that the others leave)."""
 
     code: Sequence[Instruction]
@@ -55,11 +56,16 @@ class Step:
     data: frozenset[int]
     states: frozenset[int]
     passing: frozenset[int]
-    changed: frozenset[int]
+    replaced: Mapping[int, int]
     living: Mapping[int, tuple[int, ...]]
     stages: int
     devices: int
     dealt: tuple[int, ...] | None = None
+
+    @property
+    def changed(self) -> frozenset[int]:
+        """The states that the step replaces."""
+        return frozenset(self.replaced.values())
 
     def device(self, stage: int) -> int:
         """The device that has `stage`."""
@@ -104,24 +110,26 @@ class _Walk:
     def __init__(self, step: Step):
         self._step = step
         self._types = step.values.types
+        self._changed = step.changed
         kinds: dict[int, Kind] = dict.fromkeys(step.data, "data")
         for id_ in step.states:
             kinds[id_] = "number" if self._is_constant(id_) else "state"
         backward = "backward" in step.phases.values()
-        kinds.update(dict.fromkeys(step.passing, "forward" if backward or not step.changed else "after"))
+        kinds.update(dict.fromkeys(step.passing, "forward" if backward or not self._changed else "after"))
         leaves = {i: frozenset((i,)) for i, kind in kinds.items() if kind == "state"}
         home = {i: stages[0] for i, stages in step.living.items()}
         self.found = Assignment([None] * len(step.units), kinds, home, leaves)
         self._unread = set(home)  # those of whose homes but the device is known
         self._there: dict[int, set[int]] = defaultdict(set)  # the stages that have read a value
         self._cut: dict[int, int] = {}
+        self._aims: dict[int, int] = {}  # the stage of the state that a value is to change, entry by entry
 
     # -- kinds
 
     def _is_constant(self, id_: int) -> bool:
         type_ = self._types[id_]
         few = type_.numel <= (_FLOATS if type_.dtype.is_floating_point else _CONSTANT)
-        return few and id_ not in self._step.changed and id_ not in self._step.living
+        return few and id_ not in self._changed and id_ not in self._step.living
 
     def _kind(self, unit: Unit) -> Kind:
         kinds = self.found.kinds
@@ -147,10 +155,11 @@ class _Walk:
     def _phase(self, unit: Unit) -> Phase:
         return next((self._step.phases[o] for o in unit.outs if o in self._step.phases), "forward")
 
+    def _is_entrywise(self, instruction: Instruction) -> bool:
+        return instruction.op in BUILTINS or is_view(instruction.op) or is_fusable(instruction)
+
     def _is_light(self, unit: Unit, instruction: Instruction) -> bool:
-        if instruction.op in BUILTINS or is_view(instruction.op) or is_fusable(instruction):
-            return True
-        return all(self._types[o].numel <= _SMALL for o in unit.outs)
+        return self._is_entrywise(instruction) or all(self._types[o].numel <= _SMALL for o in unit.outs)
 
     def _note_kind(self, unit: Unit) -> Kind:
         found, kind = self.found, self._kind(unit)
@@ -173,6 +182,7 @@ class _Walk:
                 begins = self._begins(run)
                 self._cut.update((k, sum(begin <= place for begin in begins)) for place, k in enumerate(run))
                 self._settle(run)
+        self._aim()
 
     def _states_of(self, run: Iterable[int]) -> dict[int, None]:
         leaves, units = self.found.leaves, self._step.units
@@ -252,6 +262,22 @@ class _Walk:
                 self._unread.remove(leaf)
             self.found.home.setdefault(leaf, stage)
 
+    def _aim(self) -> None:
+        """From the states that the forward reads back to what they are changed by: entry by entry, and in the backward
+        no further than to what is for nothing else."""
+        home, aims = self.found.home, self._aims
+        readers = Counter(i for unit in self._step.units for i in unit.uses)
+        aims.update((out, home[state]) for out, state in self._step.replaced.items() if state in home)
+        for unit in reversed(self._step.units):
+            aimed = next((o for o in unit.outs if o in aims), None)
+            late = self._phase(unit) == "optimizer"
+            if aimed is None or not (late or self._is_entrywise(self._step.code[unit.at])):
+                continue
+            for i in unit.uses:
+                its = self._types.get(i)  # a list of values has no type
+                if its and its.numel == self._types[aimed].numel and (late or readers[i] == 1):
+                    aims.setdefault(i, aims[aimed])
+
     # -- everything
 
     def place_all(self) -> None:
@@ -296,7 +322,8 @@ class _Walk:
         return max(self._cut[k], behind) if unit.in_loop else self._cut[k]
 
     def _of_backward(self, unit: Unit) -> int:
-        """The last stage that has all that is read of the forward, or else most of it."""
+        """The last stage that has all that is read of the forward, or else most of it. Without any, the stage of the
+        state that it is for."""
         kinds, found = self.found.kinds, self.found
         most = min((found.home[i] for i in unit.uses if kinds[i] == "backward"), default=self._step.stages - 1)
         pins = [
@@ -304,6 +331,8 @@ class _Walk:
             for i in unit.uses
             if kinds[i] in ("forward", "state") and found.homes(i)
         ]
+        if not pins:
+            return min([most, *(self._aims[o] for o in unit.outs if o in self._aims)])
         held = {stage: sum(n for stages, n in pins if stage in stages) for stage in range(most + 1)}
         return max(held, key=lambda stage: (held[stage], stage))
 

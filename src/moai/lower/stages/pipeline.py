@@ -44,7 +44,9 @@ def in_stages(
 ) -> Pipeline:
     """Raises NoCut. `outputs`: the values that become the graph's outputs. `phases`: of values."""
     living = {i.id: p.stages for i, p in zip(graph.inputs, given, strict=True) if p is not None and p.stages}
-    code, step, assignment = _assigned(graph, plan, living, code, phases, values)
+    named = zip(outputs, graph.outputs, strict=True)
+    replaced = {id_: graph.inputs[o.replaces].id for id_, o in named if o.replaces is not None}
+    code, step, assignment = _assigned(graph, plan, living, replaced, code, phases, values)
     homes = [step.device(home) for home in _homes_of_outputs(graph, outputs, assignment, step.stages)]
     found = exchanged(step, assignment, dict(zip(outputs, homes, strict=True)))
     chunks = step.stages // step.devices
@@ -63,19 +65,19 @@ def _assigned(
     graph: StepGraph,
     plan: Plan,
     living: Mapping[int, tuple[int, ...]],
+    replaced: Mapping[int, int],
     code: Sequence[Instruction],
     phases: Mapping[int, Phase],
     values: Values,
 ) -> tuple[Sequence[Instruction], Step, Assignment]:
     """The stages of `code`, in which gradients of several stages are added up late."""
     data = frozenset(i.id for i in graph.inputs if i.batch)
-    changed = frozenset(graph.inputs[o.replaces].id for o in graph.outputs if o.replaces is not None)
-    passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - changed
+    passing = frozenset(i.id for i in graph.inputs if not i.batch and i.dies) - frozenset(replaced.values())
     states = frozenset(i.id for i in graph.inputs) - data - passing
     while True:
         units = units_of(code)
         stages = plan.n_stages
-        step = Step(code, units, values, phases, data, states, passing, changed, living, stages, plan.pp, plan.layers)
+        step = Step(code, units, values, phases, data, states, passing, replaced, living, stages, plan.pp, plan.layers)
         assignment = assigned(step)
         late = with_late_sums(code, assignment, values)
         if len(late) == len(code):
