@@ -32,9 +32,10 @@ from moai.lower import lower
 from moai.lower.inputs import global_batch
 from moai.lower.sampling import layers, observe
 from moai.plan.cluster import Cluster
-from moai.plan.cost import Prediction, predict
+from moai.plan.cost import predict
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
+from moai.plan.prediction import Prediction
 from moai.plan.profile import Profile, Profiled
 from moai.plan.search import Step, search
 from moai.plan.space import Allowed, plans
@@ -98,8 +99,9 @@ class Predictions:
     def __init__(self, steps: Steps, cluster: Cluster) -> None:
         graph = steps.first
         self._cluster = cluster
+        self.layers = layers(graph)
         self.batch = global_batch(graph, [None] * len(graph.inputs))
-        self._step = Step(cache(lambda plan: observe(graph, plan)), self.batch, layers=layers(graph))
+        self._step = Step(cache(lambda plan: observe(graph, plan)), self.batch, layers=self.layers)
 
     def best(self, timings: Timings, allowed: Allowed = _ALL, budget: int = _ALL_MEMORY) -> tuple[Plan, float]:
         """The plan that is chosen, and its predicted seconds. Raises NoPlan."""

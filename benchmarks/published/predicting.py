@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from benchmarks.published.rows import Case, Variant
 from moai.plan.cluster import Cluster, Constant
-from moai.plan.cost import Prediction, predict
+from moai.plan.cost import predict
 from moai.plan.dims import Layout
 from moai.plan.plan import Plan
+from moai.plan.prediction import Prediction
 from moai.plan.timings import Described, Group, laid_out
 from moai.plan.transformer import sample
 from moai.plan.work import Sample

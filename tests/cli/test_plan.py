@@ -13,11 +13,11 @@ from moai.cli.plan.choosing import Chosen
 from moai.cli.plan.request import Target, of, others
 from moai.dry.session import Captured
 from moai.graph.step_graph import StepGraph
-from moai.lower.stages.schedule import BACKWARD, FORWARD, order
 from moai.plan import cluster_file
-from moai.plan.cost import Parts, Prediction, Stage
 from moai.plan.plan import Plan
+from moai.plan.prediction import Parts, Prediction, Stage
 from moai.plan.profile import Profile, Profiled
+from moai.plan.schedule import order
 from moai.plan.search import Candidate, Choice
 from moai.plan.timings import Described
 from moai.plan.work import Memory
@@ -155,7 +155,7 @@ def prediction(step_s=1.0, stages=1, **more):
     parts = Parts(**{"forward": 0.3 * step_s, "backward": 0.6 * step_s, "optimizer": 0.1 * step_s, **more})
     memory = Memory(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB, 0.5 * GIB)
     return Prediction(
-        parts.total, parts, memory, (Stage(2, 0.3 * step_s, 0.6 * step_s, 0.1 * step_s, memory),) * stages
+        parts.total, parts, memory, (Stage(2, 0.3 * step_s, 0.6 * step_s, 0.2 * step_s, 0.1 * step_s, memory),) * stages
     )
 
 
@@ -284,15 +284,25 @@ def test_stages_of_one_length_take_what_the_prediction_says(stages, micro):
         assert all(a.end <= b.begin + 1e-12 for a, b in zip(lane.spans, lane.spans[1:], strict=False))
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "zero_bubble"])
 def test_stages_are_drawn_in_the_order_in_which_they_will_work(kind):
-    plan = Plan(pp=4, micro=6, schedule=kind, layers=(2, 2, 2, 2))
+    plan, parts = Plan(pp=4, micro=6, schedule=kind, layers=(2, 2, 2, 2)), ("forward", "backward", "weights")
     for lane in schedule.lanes(prediction(stages=4), plan):
-        drawn = [(BACKWARD, each.micro) if not each.forward else (FORWARD, each.micro) for each in lane.passes]
+        drawn = [(parts.index(each.kind), each.micro) for each in lane.passes]
         assert tuple(drawn) == order(kind, lane.stage, 4, 6)
     text = page.page(chosen(best=Candidate(plan, prediction(stages=4))))
     assert all(f"device {k}: 2 layers" in text for k in range(4)) and "waiting for other stages</p>" in text
     assert text.count("<title>forward of micro-batch 6,") == 4
+
+
+def test_a_device_with_several_stages_is_drawn_with_all_of_them():
+    plan = Plan(pp=2, micro=4, schedule="interleaved", layers=(2, 2, 1, 3))
+    found = prediction(stages=4)
+    first, second = schedule.lanes(found, plan)
+    assert [each.kind for each in first.passes].count("forward") == 2 * 4
+    assert second.passes[0].begin == pytest.approx(first.passes[0].end)
+    text = page.page(chosen(best=Candidate(plan, found)))
+    assert "device 0: 3 layers" in text and "device 1: 5 layers" in text
 
 
 @pytest.mark.parametrize(("stages", "micro"), [(1, 1), (1, 4), (4, 8)])

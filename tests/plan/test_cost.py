@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moai.plan.cost import Parts, predict
+from moai.plan.cost import predict
 from moai.plan.plan import Plan
+from moai.plan.prediction import Parts
 from moai.plan.timings import Group
 from moai.plan.work import KINDS, MESSAGES, Memory, Sample, Task, Work
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from moai.graph.step_graph import StepGraph
 from moai.lower.sampling import observe
 from moai.plan.cluster import Cluster, DeviceModel, Link
-from moai.plan.cost import INDISTINCT, Prediction, predict
+from moai.plan.cost import INDISTINCT, predict
 from moai.plan.family import Family, Observed
 from moai.plan.plan import Plan
+from moai.plan.prediction import Prediction
 from moai.plan.search import Choice, NoPlan, Step, search
-from moai.plan.space import Allowed, layouts, variants
+from moai.plan.space import Allowed, plans
 from moai.plan.timings import Described, groups
 from moai.plan.work import Stages
 from tests.lower.step_tracing import phase, trace
@@ -65,8 +66,8 @@ def observed(plan: Plan) -> Observed:
 def every(over: Cluster, budget: float = math.inf) -> Mapping[Plan, Prediction]:
     """Each plan, predicted from an observation of its own."""
     timings = Described(over)
-    plans = [p for layout in layouts(DEVICES, BATCH, layers=LAYERS) for p in variants(layout)]
-    return {p: predict(observed(p).sample(), p, timings, groups(p, over), budget_bytes=budget) for p in plans}
+    every = plans(DEVICES, BATCH, LAYERS)
+    return {p: predict(observed(p).sample(), p, timings, groups(p, over), budget_bytes=budget) for p in every}
 
 
 def undealt(plan: Plan) -> Plan:
@@ -153,6 +154,19 @@ def test_where_links_are_slow_layers_are_dealt_to_stages():
     best = search(step, over, Described(over), 1 << 40, Allowed(tp=1), Plan()).best
     assert best.plan.pp > 1 and best.plan.layers is not None and sum(best.plan.layers) == LAYERS
     assert [stage.layers for stage in best.prediction.stages] == list(best.plan.layers)
+
+
+def test_of_several_orders_the_one_that_is_asked_for_is_taken_and_else_the_fastest():
+    step, over = Step(observed, BATCH, layers=LAYERS), cluster(1e6)
+    taken = {
+        order: search(step, over, Described(over), 1 << 40, Allowed(pp=2, schedule=order), Plan()).best
+        for order in ("1f1b", "gpipe", "zero_bubble", "interleaved", None)
+    }
+    assert all(order in (None, best.plan.schedule) for order, best in taken.items())
+    seconds = {order: best.prediction.step_s for order, best in taken.items()}
+    assert seconds[None] <= min(seconds.values()) * (1 + INDISTINCT)
+    chunks = search(step, over, Described(over), 1 << 40, Allowed(pp=2, chunks=2), Plan()).candidates
+    assert {c.plan.schedule for c in chunks} == {"interleaved"}
 
 
 def test_a_stage_that_has_no_room_hands_layers_on():

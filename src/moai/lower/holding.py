@@ -18,9 +18,9 @@ from moai.lower.lowering import Lowered
 from moai.lower.peak import levels
 from moai.lower.pieces import Level
 from moai.lower.program import Instruction, Program, Slot
-from moai.lower.stages.schedule import order
 from moai.lower.tasks import bounds
 from moai.lower.values import largest_part
+from moai.plan.schedule import order
 from moai.plan.work import Held
 
 

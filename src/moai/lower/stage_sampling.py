@@ -15,7 +15,8 @@ from moai.graph.step_graph import StepGraph
 from moai.lower.depth.steps import with_units
 from moai.lower.holding import Known, held
 from moai.lower.lowering import Lowered
-from moai.lower.tasks import shapes_of, tasks
+from moai.lower.stages.weights import awaited_by_none, kept_for
+from moai.lower.tasks import bytes_by, shapes_of, tasks
 from moai.plan.errors import PlanError
 from moai.plan.plan import Plan
 from moai.plan.work import Stages, StageWork, Work
@@ -33,11 +34,11 @@ Lower = Callable[[StepGraph, Plan, Sequence[Placement | None]], Lowered]
 def observed_stages(
     graph: StepGraph, plan: Plan, given: Sequence[Placement | None], lower: Lower, samples: float, fused: bool
 ) -> Stages:
-    """`plan` is fitted, for any number of stages; `samples`: of a micro-batch, on a device.
+    """`plan` is fitted, for any number of stages in any order; `samples`: of a micro-batch, on a device.
 
     Raises PlanError and RuntimeError as `lower` does, and PlanError where it is not clear what the layers are.
     """
-    plan = replace(plan, pp=len(_DEALT), layers=_DEALT)
+    plan = replace(plan, pp=len(_DEALT), layers=_DEALT, schedule="1f1b", chunks=Plan().chunks)
 
     def known(graph: StepGraph, given: Sequence[Placement | None], plan: Plan) -> tuple[list[StageWork], Lowered]:
         found = lower(graph, plan, given)
@@ -70,7 +71,10 @@ def _count(found: Lowered) -> int:
 def _stage_work(known: Known, layers: int, samples: float, fused: bool) -> StageWork:
     alone = held(known)
     work = Work.of(tasks(known.program, known.types, known.phases, fused), samples=samples)
-    return StageWork(work, alone, held(known, 2).total - alone.total, layers)
+    nbytes = bytes_by(shapes_of(known.program), known.types)
+    late = awaited_by_none(known.program, nbytes)
+    kept = float(kept_for(late, known.program, nbytes)) if late else 0.0
+    return StageWork(work, alone, held(known, 2).total - alone.total, layers, kept)
 
 
 def _handed(found: Lowered) -> float:

@@ -18,6 +18,7 @@ from moai.lower.on_meta import named_arguments, only_written, written
 from moai.lower.operators import BUILTINS, COLLECTIVES, STARTS, is_view
 from moai.lower.program import Instruction, PerRank, Program
 from moai.lower.regions import Region, regions
+from moai.lower.stages.weights import awaited_by_none
 from moai.lower.values import local_lengths
 from moai.plan.work import AXES, OPERATORS, Task
 
@@ -95,17 +96,29 @@ def shapes_of(program: Program) -> dict[int, Shape]:
     return found
 
 
+def bytes_by(shapes: Mapping[int, Shape], types: Mapping[int, TensorType]) -> Callable[[int], int]:
+    """The bytes of values of these shapes; 0 for what is no tensor."""
+
+    def nbytes(id_: int) -> int:
+        type_ = types.get(id_)
+        return 0 if type_ is None else math.prod(shapes.get(id_, type_.shape)) * type_.dtype.itemsize
+
+    return nbytes
+
+
 class _Reader:
     def __init__(
         self, program: Program, types: Mapping[int, TensorType], phases: Mapping[int, str], fused: bool
     ) -> None:
         self._mesh, self._types, self._phases = program.mesh, types, phases
         self._shapes = shapes_of(program)
+        self._bytes = bytes_by(self._shapes, types)
         self._starts: dict[int, int] = {}  # by a message's handle, the position of its task
-        self._looped, self._recomputed = False, False
+        self._looped, self._recomputed, self._is_late = False, False, False
         self._phase: Phase = "forward"
         self.tasks: list[Task] = []
         self.at: list[int | None] = []  # for each instruction, the position of its task; there may be none behind
+        self._late = set(map(id, awaited_by_none(program, self._bytes)))
         backward, optimizer = bounds(program, phases)
         by_start = {region.start: region for region in regions(program)} if fused else {}
         end = 0
@@ -115,6 +128,7 @@ class _Reader:
             if made and made[0] in phases:
                 self._recomputed = phases[made[0]] == "recomputed"
             self.at.append(len(self.tasks))
+            self._is_late = id(instruction) in self._late
             if at in by_start:
                 end = by_start[at].stop
                 self._add(self._region(by_start[at], program.instructions))
@@ -122,8 +136,9 @@ class _Reader:
                 self._instruction(instruction)
 
     def _add(self, task: Task) -> None:
-        recomputed = self._recomputed and self._phase == "backward"
-        self.tasks.append(task._replace(phase=self._phase, looped=self._looped, recomputed=recomputed))
+        backward = self._phase == "backward"
+        recomputed, late = self._recomputed and backward, self._is_late and backward
+        self.tasks.append(task._replace(phase=self._phase, looped=self._looped, recomputed=recomputed, late=late))
 
     # -- tasks
 
@@ -209,10 +224,6 @@ class _Reader:
         unread = only_written(instruction)
         over = written(instruction)
         return results + sum(map(self._bytes, over)) + sum(self._bytes(i) for i in given if i not in unread)
-
-    def _bytes(self, id_: int) -> int:
-        type_ = self._types.get(id_)
-        return 0 if type_ is None else math.prod(self._shapes.get(id_, type_.shape)) * type_.dtype.itemsize
 
     def _shape(self, argument: Any) -> Any:
         return self._shapes[argument.id] if isinstance(argument, Ref) else argument

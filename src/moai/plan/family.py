@@ -23,7 +23,7 @@ Observe = Callable[[Plan], Observed]
 
 # What may differ between the plans of a family, in numbers; everything else of a Work has to be the same.
 _MEASURES = ("flops", "bytes", "m", "n", "k", "message")
-_TAGS = ("kind", "phase", "precision", "axis", "until", "looped", "recomputed", "first", "op")
+_TAGS = ("kind", "phase", "precision", "axis", "until", "looped", "recomputed", "first", "late", "op")
 
 
 class Family:

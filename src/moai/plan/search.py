@@ -10,8 +10,9 @@ Once the bound is above what the best plan takes, so are all that follow. Of a l
 again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more, and is
 no faster.
 
-Stages share the layers, and the bound is that of a step which they share evenly. A plan with stages is asked about only
-where it may be so much faster than the best without that it would be taken.
+Stages share the layers, and the bound is that of a step which they share evenly and without waiting. A plan with stages
+is asked about only where it may be so much faster than the best without that it would be taken; and once it is, so are
+the other orders in which its stages can work, which do the same and wait otherwise.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from itertools import product
 import numpy as np
 
 from moai.plan.cluster import Cluster
-from moai.plan.cost import INDISTINCT, Prediction, predict
+from moai.plan.cost import INDISTINCT, predict
 from moai.plan.errors import PlanError
 from moai.plan.family import Family, Observe
 from moai.plan.plan import Plan, Recompute
-from moai.plan.space import RECOMPUTE, Allowed, layouts, variants
+from moai.plan.prediction import Prediction
+from moai.plan.space import RECOMPUTE, Allowed, layouts, orders, variants
 from moai.plan.timings import Group, Timings, groups
 from moai.plan.work import AXES, KINDS, MESSAGES, Memory, Sample, Stages, Task, Work
 
@@ -108,11 +110,11 @@ def search(
 
 
 def _safest(fitting: Sequence[Candidate]) -> Candidate:
-    """Of the plans that are about as fast as the first, the one with the fewest stages, and of these the one in which
-    the most devices share the batch: the less is sent, the less can be predicted wrongly."""
+    """Of the plans that are about as fast as the first, the one with the fewest stages, of these the one in which the
+    most devices share the batch, and then the plainest order: the less is sent, the less can be predicted wrongly."""
     seconds = [c.prediction.step_s for c in fitting if c.prediction is not None]
     alike = [c for c, s in zip(fitting, seconds, strict=True) if s <= seconds[0] * (1 + INDISTINCT)]
-    return min(alike, key=lambda c: (c.plan.pp, -c.plan.dp))
+    return min(alike, key=lambda c: (c.plan.pp, -c.plan.dp, c.plan.schedule != Plan().schedule))
 
 
 class _Search:
@@ -122,14 +124,14 @@ class _Search:
         self._step, self._cluster, self._timings = step, cluster, timings
         self._budget, self._allowed = budget_bytes, allowed
         every = layouts(cluster.n_devices, step.batch, base.precision, step.layers)
-        self._layouts = [each for each in every if _any(each, allowed)]
+        self._layouts = [each for each in every if any(True for _ in self._variants(each))]
         self._families: dict[Plan, Family] = {}
         self._best = float("inf")
         self._best_whole = float("inf")  # without stages
         self._again: dict[Recompute, float] = {}  # device seconds of a step
         self._found: list[Candidate] = []
         self._fitting: dict[tuple[int, ...], list[Plan]] = {}  # by layout
-        self._seen: dict[tuple[int, ...], list[tuple[Plan, float]]] = {}  # by layout, with seconds
+        self._seen: dict[tuple[int, ...], list[tuple[Plan, float]]] = {}  # by layout, with seconds of work
         self._coming: Iterable[Plan] = ()  # what will be asked for next, if it is not known by then
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
@@ -159,7 +161,11 @@ class _Search:
         return min(found, key=lambda each: each[1], default=None)
 
     def _variants(self, layout: Plan) -> Iterator[Plan]:
-        return (plan for plan in variants(layout) if self._allowed.allows(plan))
+        """In the plainest order, if any is allowed."""
+        return (plan for plan in variants(layout) if any(True for _ in self._orders(plan)))
+
+    def _orders(self, plan: Plan) -> Iterator[Plan]:
+        return filter(self._allowed.allows, orders(plan, self._step.layers))
 
     def _of_level(self, layout: Plan, level: Recompute) -> Iterator[Plan]:
         return (plan for plan in self._variants(layout) if plan.recompute == level)
@@ -179,7 +185,8 @@ class _Search:
                 yield self._bound(layout), layout
             except (PlanError, RuntimeError, ValueError) as error:
                 reason = error.reason if isinstance(error, PlanError) else str(error)
-                self._found += [Candidate(plan, None, reason) for plan in self._variants(layout)]
+                every = (ordered for plan in self._variants(layout) for ordered in self._orders(plan))
+                self._found += [Candidate(plan, None, reason) for plan in every]
 
     def _bound(self, layout: Plan) -> _Bound:
         few, sample = self._least_work(layout)
@@ -192,8 +199,7 @@ class _Search:
         looped = layout.micro * sum(stage.forward_s + stage.backward_s for stage in found.stages)
         looped = max(0.0, looped - parts.dp_exposed - parts.slowdown)
         once = max(0.0, found.step_s - free - looped)
-        turns = (layout.micro + layout.pp - 1) / layout.micro  # the stages' work, and the least bubble
-        least_s = (looped * turns + once) / layout.pp
+        least_s = (looped + once) / layout.pp
         scattered = self._scattered_s(sample, layout)
         return _Bound(least_s, scattered, found.memory * (1 / layout.pp), _kept(sample, layout))
 
@@ -259,17 +265,34 @@ class _Search:
         return None if family is None else family.known(plan)
 
     def _consider(self, plan: Plan, bound: _Bound) -> None:
+        """In every order that is allowed."""
         found = self._judged(plan, bound)
-        self._found.append(found)
-        if found.dropped is None:
-            self._fitting.setdefault(_layout(plan), []).append(plan)
+        waiting = 0.0
         if found.prediction is not None:
-            self._seen.setdefault(_layout(plan), []).append((plan, found.prediction.step_s))
+            waiting = found.prediction.parts.bubble + found.prediction.parts.pp_exposed
+            self._seen.setdefault(_layout(plan), []).append((plan, found.prediction.step_s - waiting))
+        for ordered in self._orders(plan):
+            candidate = found if ordered == plan else self._reordered(ordered, found, waiting)
+            self._found.append(candidate)
+            if candidate.dropped is None:
+                self._fitting.setdefault(_layout(plan), []).append(plan)
+                assert candidate.prediction is not None
+                self._best = min(self._best, candidate.prediction.step_s)
+                if plan.pp == 1:
+                    self._best_whole = min(self._best_whole, candidate.prediction.step_s)
 
     def _judged(self, plan: Plan, bound: _Bound) -> Candidate:
         needless = self._needless(plan, bound)
-        if needless is not None:
-            return Candidate(plan, None, needless)
+        return self._asked(plan) if needless is None else Candidate(plan, None, needless)
+
+    def _reordered(self, plan: Plan, plain: Candidate, waiting: float) -> Candidate:
+        """The same as `plain`, whose stages are `waiting` for each other, in another order."""
+        if plain.prediction is None:
+            return Candidate(plan, None, plain.dropped)
+        slow = self._slow(plan, plain.prediction.step_s - waiting)
+        return self._asked(plan) if slow is None else Candidate(plan, None, slow)
+
+    def _asked(self, plan: Plan) -> Candidate:
         try:
             prediction = self._predicted(plan)
         except (PlanError, RuntimeError, ValueError) as error:
@@ -277,24 +300,26 @@ class _Search:
         self._note(plan, prediction)
         if plan.pp > 1:
             plan = replace(plan, layers=tuple(stage.layers for stage in prediction.stages))
-        if prediction.memory.total > self._budget:
-            return Candidate(plan, prediction, f"memory: {_size(prediction.memory.total)}")
-        self._best = min(self._best, prediction.step_s)
-        if plan.pp == 1:
-            self._best_whole = min(self._best_whole, prediction.step_s)
-        return Candidate(plan, prediction)
+        fits = prediction.memory.total <= self._budget
+        return Candidate(plan, prediction, None if fits else f"memory: {_size(prediction.memory.total)}")
 
     def _needless(self, plan: Plan, bound: _Bound) -> str | None:
         """Why the plan need not be asked, if that is known."""
-        least_s, least_bytes = self._least_s(plan, bound), bound.least_bytes(plan)
-        if least_s >= self._best * (1 + INDISTINCT):
-            return f"slower: {least_s:.3g} s or more"
-        if plan.pp > 1 and least_s * (1 + INDISTINCT) >= self._best_whole:
-            return f"not faster than without stages: {least_s:.3g} s or more"
+        slow, least_bytes = self._slow(plan, self._least_s(plan, bound)), bound.least_bytes(plan)
+        if slow is not None:
+            return slow
         if least_bytes > self._budget:
             return f"memory: {_size(least_bytes)} or more"
         lighter = self._without_need(plan)
         return None if lighter is None else f'slower than "{lighter}", which fits'
+
+    def _slow(self, plan: Plan, least_s: float) -> str | None:
+        """Why a plan that takes so long at least would not be chosen, if that is known."""
+        if least_s >= self._best * (1 + INDISTINCT):
+            return f"slower: {least_s:.3g} s or more"
+        if plan.pp > 1 and least_s * (1 + INDISTINCT) >= self._best_whole:
+            return f"not faster than without stages: {least_s:.3g} s or more"
+        return None
 
     def _least_s(self, plan: Plan, bound: _Bound) -> float:
         """What the plan takes at the least: as much as what does less than it."""
@@ -393,13 +418,17 @@ def _does_less(other: Plan, plan: Plan) -> bool:
     return same and again and gathers and other != plan
 
 
-def _any(layout: Plan, allowed: Allowed) -> bool:
-    return any(map(allowed.allows, variants(layout)))
-
-
 def _structure(plan: Plan) -> Plan:
     """Plans with the same one are lowered to programs that differ in lengths alone."""
-    return replace(plan, dp=min(plan.dp, 2), pp=min(plan.pp, 2), micro=2 if plan.micro > 1 else 1)
+    order = Plan()
+    return replace(
+        plan,
+        dp=min(plan.dp, 2),
+        pp=min(plan.pp, 2),
+        micro=2 if plan.micro > 1 else 1,
+        schedule=order.schedule,
+        chunks=order.chunks,
+    )
 
 
 def _order(candidate: Candidate) -> tuple[object, ...]:

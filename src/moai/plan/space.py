@@ -1,8 +1,8 @@
 """All plans that could be chosen.
 
 In: how many devices there are, the samples of a step and its layers, and what the user allows. Out: plans, by layout
-(how many devices share the batch, the matrices and the layers, and how many micro-batches there are) and variant (what
-is computed again, and what is spread over devices).
+(how many devices share the batch, the matrices and the layers, and how many micro-batches there are), variant (what is
+computed again, and what is spread over devices) and the order in which stages work.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from moai.plan.options import Options
-from moai.plan.plan import Plan, Precision, Recompute
+from moai.plan.plan import Plan, Precision, Recompute, Schedule
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "default", "full")
 # distribute_param and distribute_low_prec_param; each keeps less on a device, and sends more, than the one before.
 SHARDING = ((False, False), (True, False), (True, True))
+# The orders in which stages can work, the plainest first, with the stages that a device has.
+ORDERS: tuple[tuple[Schedule, int], ...] = (
+    *(("1f1b", 1), ("gpipe", 1), ("zero_bubble", 1)),
+    *(("interleaved", 2), ("interleaved", 4)),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Values that a plan's keys may have; None allows all. `most_stages`: a plan has no more."""
+    """Values that a plan's keys may have; None allows all. `most_stages`: a plan has no more.
+    `schedule`, `chunks`: of plans with stages."""
 
     dp: int | None = None
     tp: int | None = None
@@ -31,6 +37,8 @@ class Allowed:
     distribute_param: bool | None = None
     distribute_low_prec_param: bool | None = None
     most_stages: int | None = None
+    schedule: Schedule | None = None
+    chunks: int | None = None
 
     def allows(self, plan: Plan) -> bool:
         """Whether the user would have it."""
@@ -40,7 +48,12 @@ class Allowed:
             all(value is None or value == getattr(plan, name) for name, value in wanted.items())
             and (self.recompute is None or plan.recompute in self.recompute)
             and (self.most_stages is None or plan.pp <= self.most_stages)
+            and (plan.pp == 1 or self._allows_order(plan))
         )
+
+    def _allows_order(self, plan: Plan) -> bool:
+        alike = self.chunks is None or (plan.schedule == "interleaved" and plan.chunks == self.chunks)
+        return alike and self.schedule in (None, plan.schedule)
 
     @staticmethod
     def by(options: Options) -> Allowed:
@@ -81,9 +94,18 @@ def variants(layout: Plan) -> Iterator[Plan]:
         yield replace(layout, recompute=level, distribute_param=spread, distribute_low_prec_param=low)
 
 
+def orders(plan: Plan, layers: int | None = None) -> Iterator[Plan]:
+    """The plan, whose order is the plainest, with every order that its stages can work in. `layers`: see `layouts`."""
+    yield plan
+    for schedule, chunks in ORDERS[1:] if plan.pp > 1 else ():
+        if layers is None or plan.pp * chunks <= layers:
+            yield replace(plan, schedule=schedule, chunks=chunks if chunks > 1 else plan.chunks)
+
+
 def plans(n_devices: int, batch: int, layers: int | None = None) -> Iterator[Plan]:
     """All of them."""
-    return (plan for layout in layouts(n_devices, batch, None, layers) for plan in variants(layout))
+    every = (plan for layout in layouts(n_devices, batch, None, layers) for plan in variants(layout))
+    return (ordered for plan in every for ordered in orders(plan, layers))
 
 
 def _divisors(n: int) -> list[int]:

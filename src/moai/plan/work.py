@@ -40,7 +40,7 @@ class Task(NamedTuple):
     which the peers lie. until: how many tasks later the result is needed; the device computes meanwhile (1: it
     waits). looped: done in each micro-batch, and not once a step. recomputed: done a second time, for the backward.
     first: belongs to what comes before the layers (the embedding); what belongs neither to it nor to a layer comes
-    behind them. op: one of OPERATORS.
+    behind them. late: of the backward, and no other stage waits for it. op: one of OPERATORS.
     """
 
     kind: str
@@ -58,6 +58,7 @@ class Task(NamedTuple):
     looped: bool = True
     recomputed: bool = False
     first: bool = False
+    late: bool = False
     op: str = ""
 
 
@@ -105,6 +106,7 @@ class Work:
     looped: np.ndarray
     recomputed: np.ndarray
     first: np.ndarray
+    late: np.ndarray
     op: np.ndarray
     memory: Memory
     samples: float
@@ -125,7 +127,7 @@ _NAMES: dict[str, Sequence[str]] = {
 }  # fmt: skip
 _TYPES: dict[str, type] = {
     **dict.fromkeys((*_NAMES, "until"), np.int64),
-    **dict.fromkeys(("looped", "recomputed", "first"), np.bool_),
+    **dict.fromkeys(("looped", "recomputed", "first", "late"), np.bool_),
 }
 
 
@@ -164,12 +166,14 @@ class Held:
 @dataclass(frozen=True, slots=True, eq=False)
 class StageWork:
     """What a device of a stage of `layers` layers does and holds; `held`: with one micro-batch under way. `waiting`:
-    bytes that each further one under way holds, at the same places."""
+    bytes that each further one under way holds, at the same places; `late`: those that one holds of which gradients of
+    weights alone are left to compute."""
 
     work: Work
     held: Held
     waiting: np.ndarray
     layers: int
+    late: float
 
 
 @dataclass(frozen=True, slots=True)

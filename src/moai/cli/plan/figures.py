@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from moai.plan.cost import Parts, Prediction
 from moai.plan.plan import Plan
+from moai.plan.prediction import Parts, Prediction
 from moai.plan.search import Candidate
 from moai.plan.work import Memory
 

@@ -17,8 +17,8 @@ from moai.cli.plan import figures
 from moai.cli.plan.choosing import Chosen
 from moai.cli.plan.figures import seconds, size
 from moai.cli.plan.schedule import Lane, held, lanes
-from moai.plan.cost import Prediction
 from moai.plan.plan import Plan
+from moai.plan.prediction import Prediction
 from moai.plan.search import Candidate
 from moai.version import __version__
 
@@ -133,7 +133,9 @@ def _devices(stage: int, plan: Plan) -> str:
     each = plan.dp * plan.tp
     first, last = stage * each, (stage + 1) * each - 1
     devices = f"device {first}" if each == 1 else f"devices {first}-{last}"
-    return devices if plan.pp == 1 or plan.layers is None else f"{devices}: {_layers(plan.layers[stage])}"
+    return (
+        devices if plan.pp == 1 or plan.layers is None else f"{devices}: {_layers(sum(plan.layers[stage :: plan.pp]))}"
+    )
 
 
 def _layers(n: int) -> str:

@@ -19,7 +19,7 @@ from moai.cli.plan import figures
 from moai.cli.plan.choosing import Chosen, ratio, timings
 from moai.cli.plan.figures import seconds, size
 from moai.graph.step_graph import StepGraph
-from moai.plan.cost import Prediction
+from moai.plan.prediction import Prediction
 from moai.plan.profile import Profiled
 from moai.plan.search import Candidate
 

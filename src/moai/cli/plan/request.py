@@ -78,7 +78,7 @@ def _keys(text: str, n_devices: int, source: str) -> dict[str, Any]:
         keys = parse.restrictions(text, n_devices, source)
     except PlanError as error:
         raise AcceleratorError(str(error)) from None
-    for key in ("shard", "schedule", "layers"):
+    for key in ("shard", "layers"):
         if key in keys:
             raise AcceleratorError(f"{source}: plans with {key} are not searched for.")
     return keys

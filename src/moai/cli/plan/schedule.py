@@ -5,13 +5,15 @@ In: a prediction and its plan. Out: spans of time, and a curve. Stages work in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
-from moai.lower.stages.schedule import FORWARD, Order, order
-from moai.plan.cost import Parts, Prediction, Stage
-from moai.plan.plan import Plan
+from moai.plan.plan import Plan, Schedule
+from moai.plan.prediction import Parts, Prediction
+from moai.plan.schedule import WEIGHTS, Turn, played
+from moai.plan.stage_cost import seconds_of_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What the devices of one stage do, in order: between spans they wait. `passes`: its work on micro-batches."""
+    """What the devices of a stage (`stage`), or of several, do, in order: between spans they wait. `passes`: their work
+    on micro-batches."""
 
     stage: int
     spans: tuple[Span, ...]
@@ -36,58 +39,42 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The forward of a micro-batch, or its backward."""
+    """The forward of a micro-batch on a stage of the device, or its backward ("weights": the part of it that no other
+    stage waits for). With the `last` one of them, what the micro-batch has left is let go of."""
 
-    forward: bool
+    kind: Literal["forward", "backward", "weights"]
     micro: int
     begin: float
     end: float
+    last: bool
 
 
 def lanes(prediction: Prediction, plan: Plan) -> list[Lane]:
-    """Every stage's lane."""
-    stages, parts = prediction.stages, prediction.parts
+    """Every device's lane, where those that share stages are one."""
+    chunks = plan.n_stages // plan.pp
+    stages = [prediction.stages[device :: plan.pp] for device in range(plan.pp)]
+    seconds = [seconds_of_parts(own, plan.schedule) for own in stages]
     found = []
-    for s, passes in enumerate(_passes(stages, _orders(plan))):
-        spans = [span for each in passes for span in _pieces(each, parts)]
-        found.append(Lane(s, (*spans, *_last(stages[s], passes[-1].end, parts)), tuple(passes)))
+    for device, turns in enumerate(played(plan.schedule, plan.micro, seconds, prediction.hop_s, chunks)):
+        passes = [_pass(turn, plan.schedule, chunks) for turn in turns]
+        spans = [span for each in passes for span in _pieces(each, prediction.parts)]
+        once = sum(stage.once_s for stage in stages[device])
+        found.append(Lane(device, (*spans, *_last(once, passes[-1].end, prediction.parts)), tuple(passes)))
     return found
 
 
-def _orders(plan: Plan) -> list[Order]:
-    return [order(plan.schedule, stage, plan.pp, plan.micro) for stage in range(plan.pp)]
-
-
-def _passes(stages: Sequence[Stage], orders: Sequence[Order]) -> list[list[Pass]]:
-    """Each stage's work on micro-batches, in its order: as soon as it is done with the one before, and has what it
-    needs of its neighbour."""
-    done: dict[tuple[int, bool, int], float] = {}
-    found: list[list[Pass]] = [[] for _ in stages]
-    while any(len(passes) < len(order) for passes, order in zip(found, orders, strict=True)):
-        for s, stage in enumerate(stages):
-            while len(found[s]) < len(orders[s]):
-                part, micro = orders[s][len(found[s])]
-                forward = part == FORWARD
-                needed = _needed(s, forward, micro, len(stages))
-                if needed is not None and needed not in done:
-                    break
-                ready = 0.0 if needed is None else done[needed]
-                begin = max(ready, found[s][-1].end if found[s] else 0.0)
-                end = begin + (stage.forward_s if forward else stage.backward_s)
-                found[s].append(Pass(forward, micro, begin, end))
-                done[s, forward, micro] = end
-    return found
-
-
-def _needed(stage: int, forward: bool, micro: int, n_stages: int) -> tuple[int, bool, int] | None:
-    if forward:
-        return (stage - 1, True, micro) if stage else None
-    return (stage + 1, False, micro) if stage + 1 < n_stages else (stage, True, micro)
+def _pass(turn: Turn, schedule: Schedule, chunks: int) -> Pass:
+    if turn.part < chunks:
+        return Pass("forward", turn.step, turn.begin, turn.end, last=False)
+    if schedule != "zero_bubble":
+        return Pass("backward", turn.step, turn.begin, turn.end, last=True)
+    last = turn.part == WEIGHTS
+    return Pass("weights" if last else "backward", turn.step, turn.begin, turn.end, last)
 
 
 def _pieces(its: Pass, parts: Parts) -> Iterator[Span]:
     """A pass, cut as the whole step is: what is computed again comes before the backward, messages behind both."""
-    if its.forward:
+    if its.kind == "forward":
         kinds = {"forward": parts.forward, "message": _share(parts, parts.forward)}
     else:
         messages = _share(parts, parts.backward + parts.recompute)
@@ -98,12 +85,12 @@ def _pieces(its: Pass, parts: Parts) -> Iterator[Span]:
 def _share(parts: Parts, computing: float) -> float:
     """Of what is waited for between forward and backward, the part that goes with `computing`."""
     all_computing = parts.forward + parts.backward + parts.recompute
-    return (parts.tp_exposed + parts.pp_exposed) * computing / all_computing if all_computing else 0.0
+    return parts.tp_exposed * computing / all_computing if all_computing else 0.0
 
 
-def _last(stage: Stage, begin: float, parts: Parts) -> Iterator[Span]:
+def _last(seconds: float, begin: float, parts: Parts) -> Iterator[Span]:
     kinds = {"message": parts.dp_exposed, "optimizer": parts.optimizer}
-    return _cut(kinds, begin, begin + stage.once_s)
+    return _cut(kinds, begin, begin + seconds)
 
 
 def _cut(kinds: dict[str, float], begin: float, end: float, micro: int | None = None) -> Iterator[Span]:
@@ -122,14 +109,15 @@ def held(prediction: Prediction, lane: Lane) -> list[tuple[float, float]]:
     go with the step."""
     memory = prediction.stages[lane.stage].memory
     rest = memory.parameters + memory.states + memory.buffers
-    levels = list(accumulate(1 if each.forward else -1 for each in lane.passes))  # micro-batches under way
+    changes = [1 if each.kind == "forward" else -1 if each.last else 0 for each in lane.passes]
+    levels = list(accumulate(changes))  # micro-batches under way
     kept = memory.activations / max(levels)
     level = gradients = 0.0
     curve = [(0.0, rest)]
-    for each in lane.passes:
-        if not each.forward:
+    for each, change in zip(lane.passes, changes, strict=True):
+        if each.kind != "forward":
             gradients = memory.gradients
         curve.append((each.begin, rest + level + gradients))
-        level += kept if each.forward else -kept
+        level += change * kept
         curve.append((each.end, rest + level + gradients))
     return [*curve, (lane.spans[-1].end, curve[-1][1])]

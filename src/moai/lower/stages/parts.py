@@ -14,9 +14,9 @@ from moai.lower.cleanup import renamed_refs, uses
 from moai.lower.operators import is_view
 from moai.lower.program import Instruction
 from moai.lower.stages.messages import StageCode
-from moai.lower.stages.schedule import Order
 from moai.lower.stages.weights import inputs_and_weights
 from moai.lower.values import Values
+from moai.plan.schedule import Order
 
 _CARRIED = frozenset({"accumulate", "collect"})
 
@@ -33,7 +33,7 @@ def in_parts(
         if turns and parts:
             parts = [section.get(part, []) for part in range(n_parts)]
             if weights_apart:
-                parts[1:] = inputs_and_weights(section.get(1, []), values)
+                parts[1:] = inputs_and_weights(section.get(1, []), values.local_bytes)
             handed = _HandedOn(parts, values).parts
             begin = Instruction("begin_part", (), {}, None)
             loop = [instruction for part in handed for instruction in (begin, *part)]

@@ -16,10 +16,10 @@ from moai.lower.stages.assign import Assignment, Step, assigned
 from moai.lower.stages.late_sums import with_late_sums
 from moai.lower.stages.messages import StageCode, exchanged
 from moai.lower.stages.parts import in_parts
-from moai.lower.stages.schedule import order
 from moai.lower.stages.units import units_of
 from moai.lower.values import Values
 from moai.plan.plan import Plan
+from moai.plan.schedule import order
 
 
 @dataclass(frozen=True)

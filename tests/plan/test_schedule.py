@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moai.lower.stages.exchange_check import Event, misfit
-from moai.lower.stages.schedule import Order, order
 from moai.plan.plan import Schedule
+from moai.plan.schedule import Order, order
 
 SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "zero_bubble", "interleaved")
 
