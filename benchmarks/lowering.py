@@ -1,8 +1,9 @@
 """How long a captured step takes to become a program: `python -m benchmarks.lowering`.
 
 A narrow Qwen2's first training step is captured through the real device, at several depths, and not run: it is lowered
-under each plan. Every depth has a process of its own. Figures, by plan and depth ("80" layers), are CPU seconds, the
-least of `REPEATS` times, since other programs only ever add to them:
+under each plan. Every depth has a process of its own; these take turns, so that all meet the machine as fast as it is
+at that time. Figures, by plan and depth ("80" layers), are CPU seconds, the least of `TURNS` times, since other
+programs only ever add to them:
 
 - `per_1000_nodes`: lowering, per 1,000 nodes of the captured graph; `lower_s`: of the whole graph, seen the first time.
 - `again_s`: of the same graph, when its layers are known from another plan.
@@ -29,7 +30,7 @@ from benchmarks import results
 from benchmarks.child import Child
 from benchmarks.training import Corpus, Sizes
 
-REPEATS = 3
+TURNS = 5
 RUN_SECONDS = 600.0
 DEVICES = 8
 PLANS = (
@@ -48,8 +49,8 @@ class _Captured(Exception):
     """The step is known, and need not run."""
 
 
-def measure(connection: Connection, layers: int, plans: Sequence[str]) -> None:
-    """The child's side: the nodes of the graph, and then the figures of each plan."""
+def measure(connection: Connection, layers: int) -> None:
+    """The child's side: the nodes of the graph, and then for each plan that it is told the seconds of one turn."""
     torch.set_num_threads(1)
     model: nn.Module = sizes(layers).model()
     model.cuda()
@@ -77,44 +78,47 @@ def measure(connection: Connection, layers: int, plans: Sequence[str]) -> None:
     (graph,) = graphs
     connection.send(len(graph.nodes))
     given = [None] * len(graph.inputs)
-    for text in plans:
-        plan = parse(text, DEVICES)
-        lower_s = _least(lambda: lower(graph, plan, given), layers_of.cache_clear)  # noqa: B023 (called at once)
-        again_s = _least(lambda: lower(graph, plan, given))  # noqa: B023
+    while True:
+        plan = parse(connection.recv(), DEVICES)
+        layers_of.cache_clear()
+        lower_s, again_s = (_seconds(lambda: lower(graph, plan, given)) for _ in range(2))  # noqa: B023
         lower_cached(graph, plan, given)
-        cached_s = _least(lambda: lower_cached(graph, plan, given))  # noqa: B023
-        connection.send((lower_s, again_s, cached_s))
+        connection.send((lower_s, again_s, _seconds(lambda: lower_cached(graph, plan, given))))  # noqa: B023
 
 
-def _least(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    found = []
-    for _ in range(REPEATS):
-        before()
-        begin = time.process_time()
-        work()
-        found.append(time.process_time() - begin)
-    return min(found)
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
-def run(layers: int, plans: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The figures of one depth, by plan."""
-    with tempfile.TemporaryDirectory() as folder:
+def run(depths: Sequence[int], plans: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """The figures, by depth and plan."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         environment = {**os.environ, "XDG_STATE_HOME": folder, "XDG_CACHE_HOME": folder, "MOAI_DEVICES": "1"}
         for name in ("MOAI_FLAVOR", "MOAI_PLAN", "MOAI_PROGRAM_CACHE", "MOAI_VALIDATE"):
             environment.pop(name, None)
-        settings = {"layers": layers, "plans": plans}
-        child = Child("lowering", "benchmarks.lowering:measure", settings, environment)
-        try:
-            nodes = child.receive(RUN_SECONDS)
-            found = {}
-            for plan in plans:
-                print(f"{layers} layers, {plan}", file=sys.stderr, flush=True)
-                lower_s, again_s, cached_s = child.receive(RUN_SECONDS)
+        children = {}
+        for depth in depths:
+            child = Child("lowering", "benchmarks.lowering:measure", {"layers": depth}, environment)
+            stack.callback(child.close)
+            children[depth] = child
+        nodes = {depth: child.receive(RUN_SECONDS) for depth, child in children.items()}
+        found: dict[str, dict[str, dict[str, float]]] = {str(depth): {} for depth in depths}
+        for plan in plans:
+            print(plan, file=sys.stderr, flush=True)
+            turns = [{depth: _turn(child, plan) for depth, child in children.items()} for _ in range(TURNS)]
+            for depth in depths:
+                lower_s, again_s, cached_s = map(min, zip(*(turn[depth] for turn in turns), strict=True))
                 each = {"lower_s": lower_s, "again_s": again_s, "cached_s": cached_s}
-                found[plan] = {**each, "per_1000_nodes": lower_s / nodes * 1000}
-            return found
-        finally:
-            child.close()
+                found[str(depth)][plan] = {**each, "per_1000_nodes": lower_s / nodes[depth] * 1000}
+        return found
+
+
+def _turn(child: Child, plan: str) -> tuple[float, ...]:
+    child.send(plan)
+    seconds: tuple[float, ...] = child.receive(RUN_SECONDS)
+    return seconds
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -154,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--layers: expected numbers, with commas between")
     machine = results.provenance()
     neighbours = results.Neighbours()
-    by_depth = {str(depth): run(depth, options.plan or PLANS) for depth in depths}
+    by_depth = run(depths, options.plan or PLANS)
     figures = {"by_depth": by_depth, "others_cpu": neighbours.share(), "run": machine}
     print(table(figures))
     if options.json:

@@ -61,9 +61,12 @@ class Numbers:
             found: list[int] = []
             said = [op, shapes, len(frees)]
             for a in args:
-                if type(a) is Ref:
+                kind = type(a)
+                if kind is Ref:
                     found.append(of[a.id])
                     said.append(Ref)
+                elif kind is int:
+                    said.append(a)
                 else:
                     said.append(self.constant(a, found))
             if kwargs:
