@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from moai import session
 from moai.capture.values import record_of
 from tests.device.inline import accelerator
 
@@ -58,6 +59,36 @@ def test_what_is_loaded_from_a_file_into_a_module_or_an_optimizer_is_a_state() -
     model.load_state_dict(weights)
     assert {role(optimizer.state[model.weight][name]) for name in ("exp_avg", "exp_avg_sq")} == {"state"}
     assert {role(x) for x in weights.values()} == {"state"}
+
+
+def test_loading_a_state_is_no_work_for_devices() -> None:
+    model, recorder = nn.Linear(3, 3).cuda(), session.current().recorder
+    for where in ("cuda", "cpu"):
+        recorder.flush()
+        loaded = {name: torch.full(x.shape, 2.0).to(where) for name, x in model.state_dict().items()}
+        before, weight = recorder.stats.recorded, model.weight
+        model.load_state_dict(loaded)
+        assert recorder.stats.recorded == before and model.weight is weight
+        loaded["weight"].zero_()  # what is loaded is the model's own
+        assert model(torch.ones(1, 3).cuda()).tolist() == [[8.0, 8.0, 8.0]]
+        loaded["bias"].add_(1)
+        assert model.bias.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_what_a_step_has_used_is_loaded_behind_it() -> None:
+    model, other = nn.Linear(2, 2, bias=False).cuda(), nn.Linear(2, 2, bias=False).cuda()
+    with torch.no_grad():
+        before = model.weight * 1
+        model.load_state_dict(other.state_dict())
+        after = model.weight * 1
+    assert not torch.equal(before.cpu(), after.cpu()) and torch.equal(after.cpu(), other.weight.detach().cpu())
+
+
+def test_a_part_of_a_state_may_be_loaded() -> None:
+    model = nn.Linear(2, 2).cuda()
+    with torch.no_grad():
+        model.weight[0].copy_(nn.Parameter(torch.full((2,), 5.0).cuda()))
+    assert model.weight[0].tolist() == [5.0, 5.0] and model.weight[1].abs().max() < 1
 
 
 def test_tensors_made_in_threads_have_addresses_of_their_own() -> None:
