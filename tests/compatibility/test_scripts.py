@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.compatibility.cases import ALL, FP32, Case
-from tests.compatibility.run import CHOSEN, difference, plain, run
+from tests.compatibility.run import SETTINGS, difference, plain, run
 
 BY_NAME = {case.name: case for case in ALL}
 # What differs most, in half a minute; the others take minutes.
 QUICK = {("nanogpt", "2"), ("hf_trainer", "2")}
-RUNS = [(case.name, setting) for case in ALL for setting in ("2", "4", CHOSEN)]
+RUNS = [(case.name, setting) for case in ALL for setting in SETTINGS]
 
 
 def _parameter(name: str, setting: str) -> object:
