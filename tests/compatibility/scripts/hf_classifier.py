@@ -37,7 +37,10 @@ def pad(rows):
 
 class Print(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
-        print(state.global_step, {k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate", "eval_loss")})
+        print(
+            state.global_step,
+            {k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate", "eval_loss")},
+        )
 
     def on_save(self, args, state, control, **kwargs):
         print(f"saved {state.global_step}")
