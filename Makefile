@@ -6,6 +6,9 @@ TORCH_PIP_ARGS ?=  # for example where another build of torch is to come from
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# Two at a time: while one test waits for a script to start, another computes. A file's tests stay together, as they share
+# what they have prepared; kernels have one thread each, or they would wait for each other's.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install train test test-all bench lint
@@ -33,10 +36,10 @@ lint: install
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(PY) -m pytest
+	$(PYTEST)
 
 bench: install
 	$(PY) -m benchmarks.capture

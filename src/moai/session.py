@@ -43,6 +43,7 @@ from moai.platform.speed import Speedometer
 from moai.platform.telemetry import Publisher
 from moai.runtime.accelerator import Accelerator
 from moai.runtime.buffers import Buffer, in_space
+from moai.runtime.files import write_at
 from moai.runtime.messages import Pulse
 
 logger = logging.getLogger("moai")
@@ -195,6 +196,20 @@ class Session:
         self.recorder.flush()
         if self._accelerator is not None:
             self._accelerator.synchronize()
+
+    def write(self, tensors: Sequence[tuple[torch.Tensor, int]], file: str) -> None:
+        """Writes contiguous accelerator tensors into a file, which is there, each from a byte on: the devices what they
+        hold, the rest a tensor at a time. OSError if it cannot be done."""
+        on_devices = []
+        with open(file, "r+b") as out:
+            for tensor, at in tensors:
+                buffer = self.recorder.resident(tensor)
+                if buffer is not None and not buffer.placement.partial:
+                    on_devices.append((buffer, at))
+                else:
+                    write_at(out.fileno(), at, self.recorder.read(tensor))
+        if on_devices:
+            self.acquire().write(on_devices, file)
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes over all devices: used, the most ever used, and all there are."""

@@ -2,7 +2,7 @@
 
     python -m tests.compatibility                        # every script, on 1, 2 and 4 devices and under a chosen plan
     python -m tests.compatibility nanogpt vit --on 2 4   # some of them
-    python -m tests.compatibility --record               # and write docs/compatibility.md
+    python -m tests.compatibility --record               # and write what was found into docs/compatibility.md
 
 Ends with status 1 if a script fails or its numbers differ from plain PyTorch's by more than its bound.
 """
@@ -13,7 +13,7 @@ import argparse
 import importlib.metadata
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -51,12 +51,16 @@ def cell(case: Case, setting: str) -> tuple[str, bool]:
     return (text, True) if found <= case.bound else (f"**{text}**", False)
 
 
-def row(case: Case, settings: Sequence[str]) -> tuple[str, bool]:
-    if case.missing:
-        cells = [(f"without {case.missing[0]}", True)] * len(settings)
-    else:
-        cells = [cell(case, setting) for setting in settings]
-    return f"| {case.name} | {case.what} | {' | '.join(text for text, _ in cells)} |", all(ok for _, ok in cells)
+def line(case: Case, cells: Mapping[str, str]) -> str:
+    """A row of the table."""
+    return f"| {case.name} | {case.what} | {' | '.join(cells.values())} |"
+
+
+def recorded(text: str) -> dict[str, dict[str, str]]:
+    """The cells of a table by script and setting."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    titles = next((row for row in rows if row[0] == "script"), [])
+    return {row[0]: dict(zip(titles[2:], row[2:], strict=True)) for row in rows if len(row) == len(titles)}
 
 
 def provenance() -> str:
@@ -69,9 +73,15 @@ def provenance() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%d}, CPU workers. {', '.join(versions)}."
 
 
-def record(rows: Sequence[str], settings: Sequence[str]) -> None:
-    titles = f"| script | what it does | {' | '.join(settings)} |\n|{'---|' * (len(settings) + 2)}\n"
-    kept = FILE.read_text().partition(BY_HAND)[2] if FILE.exists() else "\n"
+def record(found: Mapping[str, Mapping[str, str]]) -> None:
+    """Writes what was found into the table, whose other cells stay."""
+    table, _, kept = FILE.read_text().partition(BY_HAND) if FILE.exists() else ("", "", "\n")
+    before = recorded(table)
+    titles = f"| script | what it does | {' | '.join(SETTINGS)} |\n|{'---|' * (len(SETTINGS) + 2)}\n"
+    rows = []
+    for case in ALL:
+        known = {**before.get(case.name, {}), **found.get(case.name, {})}
+        rows.append(line(case, {setting: known.get(setting, "not run") for setting in SETTINGS}))
     head = HEAD.format(fp32=FP32, half=HALF, provenance=provenance())
     FILE.write_text(head + titles + "\n".join(rows) + f"\n\n{BY_HAND}{kept}")
 
@@ -84,15 +94,16 @@ def main() -> None:
     parser.add_argument("--on", nargs="+", choices=SETTINGS, default=SETTINGS, help=f"devices, or {CHOSEN}")
     parser.add_argument("--record", action="store_true", help="write docs/compatibility.md")
     arguments = parser.parse_args()
-    rows, well = [], True
+    well = True
     for case in ALL:
         if not arguments.scripts or case.name in arguments.scripts:
-            line, ok = row(case, arguments.on)
-            rows.append(line)
-            well &= ok
-            print(line, flush=True)
-    if arguments.record:
-        record(rows, arguments.on)
+            cells = {}
+            for setting in arguments.on:
+                cells[setting], ok = (f"without {case.missing[0]}", True) if case.missing else cell(case, setting)
+                well &= ok
+            print(line(case, cells), flush=True)
+            if arguments.record:
+                record({case.name: cells})
     sys.exit(0 if well else 1)
 
 

@@ -63,8 +63,10 @@ ALL = (
     Case("bert_glue", ("transformers",)),
     Case("t5", ("transformers",)),
     Case("hf_trainer", ("transformers", "accelerate")),
+    Case("hf_classifier", ("transformers", "accelerate")),
     Case("accelerate_loop", ("accelerate",)),
     Case("peft_lora", ("transformers", "peft")),
     Case("trl_sft", ("transformers", "trl", "peft", "datasets")),
+    Case("trl_sft_full", ("transformers", "trl", "datasets")),
     Case("diffusion", ("diffusers", "peft"), draws=True),
 )

@@ -26,15 +26,21 @@ _NOT_RESULTS = re.compile(r"device='\w+(:0)?'|.*_runtime.*")
 
 def run(case: Case, setting: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The script under a setting, in a folder of its own."""
-    env = {k: v for k, v in os.environ.items() if k not in ("MOAI_DEVICES", "MOAI_FLAVOR", "MOAI_PLAN")}
-    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env |= {"MOAI_CUDA": "0"} if setting == PLAIN else {"MOAI_CUDA": "1"}
-    if setting != PLAIN:
-        env["MOAI_DEVICES"] = "4" if setting == CHOSEN else setting
     options = [f"--{setting}"] if setting in (PLAIN, CHOSEN) else []
     options += ["--host-random"] if case.draws else []
     command = [sys.executable, str(_CHILD), *options, str(case.path), *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=_TIMEOUT)
+    return subprocess.run(
+        command, cwd=folder, env=environment(setting), capture_output=True, text=True, timeout=_TIMEOUT
+    )
+
+
+def environment(setting: str) -> dict[str, str]:
+    """That of a script under a setting."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MOAI_DEVICES", "MOAI_FLAVOR", "MOAI_PLAN")}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if setting == PLAIN:
+        return env | {"MOAI_CUDA": "0"}
+    return env | {"MOAI_CUDA": "1", "MOAI_DEVICES": "4" if setting == CHOSEN else setting}
 
 
 @functools.cache

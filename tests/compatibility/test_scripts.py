@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.compatibility.__main__ import line, recorded
 from tests.compatibility.cases import ALL, FP32, Case
-from tests.compatibility.run import CHOSEN, difference, plain, run
+from tests.compatibility.run import SETTINGS, difference, plain, run
 
 BY_NAME = {case.name: case for case in ALL}
 # What differs most, in half a minute; the others take minutes.
 QUICK = {("nanogpt", "2"), ("hf_trainer", "2")}
-RUNS = [(case.name, setting) for case in ALL for setting in ("2", "4", CHOSEN)]
+RUNS = [(case.name, setting) for case in ALL for setting in SETTINGS]
 
 
 def _parameter(name: str, setting: str) -> object:
@@ -58,3 +59,10 @@ def test_training_goes_on_exactly_on_another_number_of_devices(tmp_path: Path) -
 )
 def test_outputs_are_compared_number_by_number(found: str, expected: str, wanted: float) -> None:
     assert difference(found, expected) == pytest.approx(wanted, abs=FP32 * 20)
+
+
+def test_a_table_is_read_as_it_was_written() -> None:
+    cells = {"1": "same", "2": "**1e-03**", "4": "not run", "chosen": "same"}
+    titles = "| script | what it does | 1 | 2 | 4 | chosen |\n|---|---|---|---|---|---|\n"
+    found = recorded(f"Text.\n\n{titles}{line(BY_NAME['vit'], cells)}\n")
+    assert found["vit"] == cells

@@ -17,12 +17,12 @@ def accelerator():
     assert alias.turn_on()
     torch.cuda.init()
     recorder, executor = session.current().recorder, InlineExecutor()
-    before = recorder.execute, recorder.fetch
-    recorder.execute, recorder.fetch = executor.execute, executor.fetch
+    before = recorder.execute, recorder.fetch, recorder.resident
+    recorder.execute, recorder.fetch, recorder.resident = executor.execute, executor.fetch, lambda tensor: None
     try:
         yield
     finally:
-        recorder.execute, recorder.fetch = before
+        recorder.execute, recorder.fetch, recorder.resident = before
 
 
 def said_by_plain_torch(code):

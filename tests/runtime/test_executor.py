@@ -28,7 +28,7 @@ class Lookout:
         return self
 
     def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        gc.collect()
+        gc.collect(1)  # what is young
         self._look(x, kind)
         return x.clone()
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
@@ -74,3 +76,16 @@ def test_a_caller_with_the_secret_gets_a_channel() -> None:
         channel = authenticate(listener.accept()[0], b"secret")
         assert channel is not None and channel.receive() == "hello"
         caller.join(5)
+
+
+def test_a_worker_knows_every_operator_of_ours_and_nothing_of_lowering() -> None:
+    code = """
+import sys, torch, moai.runtime.worker
+def ours(): return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moai::")}
+known, modules = ours(), set(sys.modules)
+import moai.session
+print(known == ours(), len(known) > 5, "moai.lower.lowering" in modules)
+"""
+    env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr

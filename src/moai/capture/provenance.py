@@ -23,7 +23,10 @@ _LIBRARIES = tuple(
     {os.path.dirname(torch.__path__[0]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), _HOME}
 )
 _STATE_LOADERS = frozenset(
-    {"_apply", "load_state_dict", "_load_from_state_dict", "from_pretrained", "set_module_tensor_to_device"}
+    {
+        *("_apply", "load_state_dict", "_load_from_state_dict", "from_pretrained", "set_module_tensor_to_device"),
+        "_materialize_copy",  # transformers' from_pretrained, in threads
+    }
 )
 
 _names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()

@@ -337,6 +337,17 @@ class Recorder:
             return _window(record.value.host, tensor).clone()
         return _window(self._fetched(record), tensor).clone()
 
+    def resident(self, tensor: torch.Tensor) -> Any:
+        """The buffer whose entries are those of `tensor`, if its value lies on the devices and it is all of its
+        storage; else None. Runs what is recorded if `tensor` follows from it."""
+        record = record_of(tensor)
+        record.usage.used = True
+        if record.written == self.segment.epoch:
+            self.flush(reading=record)
+        size, stride, offset, dtype = geometry_of(tensor)
+        whole = (size, stride, dtype) == record.base and not offset
+        return record.value.buffer if whole and record.value is not None else None
+
     def _fetched(self, record: Record) -> torch.Tensor:
         """The content of a storage that is on the devices; a small one stays here, too."""
         assert record.value is not None

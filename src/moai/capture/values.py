@@ -79,3 +79,10 @@ def record_of(tensor: torch.Tensor) -> Record:
 def geometry_of(tensor: torch.Tensor) -> Geometry:
     """Where in its storage a tensor lies."""
     return tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
+
+
+def lives_on(tensor: torch.Tensor) -> None:
+    """What was uploaded for `tensor` is a state: it does not end with a step, as a batch does."""
+    record = getattr(tensor.untyped_storage(), "_moai", None)  # none: torch's own stand-in for a tensor
+    if record is not None and record.value is not None and record.value.role == "batch":
+        record.value.role = "state"

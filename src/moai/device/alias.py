@@ -78,6 +78,7 @@ def _install() -> None:
 
     from moai.device import (
         autocast,
+        checkpoints,
         compiling,
         factories,
         generation,
@@ -102,6 +103,7 @@ def _install() -> None:
     modules.install()
     autocast.rename()
     serialization.install()
+    checkpoints.install()
     compiling.install()
     generation.install()
     parallel.install()

@@ -12,6 +12,7 @@ import torch
 
 from moai.capture import provenance
 from moai.capture.geometry import contiguous_stride, span
+from moai.capture.loading import hand_on
 from moai.capture.operators import Operator
 from moai.capture.recorder import Recorder
 
@@ -116,10 +117,12 @@ def _copies(recorder: Recorder) -> dict[str, Callable[..., Any]]:
             return self
         if source.device.type == "meta":
             return self
-        if on_accelerator(source):
-            return recorder.record(copy, (self, source), {})
-        if not recorder.fill_from_host(self, source):
-            recorder.record(copy, (self, recorder.upload(source)), {})
+        if not on_accelerator(source):
+            if recorder.fill_from_host(self, source):
+                return self
+            source = recorder.upload(source)
+        if not hand_on(self, source, recorder.segment.epoch):
+            recorder.record(copy, (self, source), {})
         return self
 
     def to_copy(

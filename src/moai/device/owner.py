@@ -6,10 +6,12 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
+
     from moai.capture.recorder import Recorder
 
 
@@ -23,6 +25,9 @@ class Owner(Protocol):
 
     def synchronize(self) -> None:
         """Run what is recorded and wait until the devices are idle."""
+
+    def write(self, tensors: Sequence[tuple[torch.Tensor, int]], file: str) -> None:
+        """Write contiguous accelerator tensors into a file, which is there, each from a byte on. OSError."""
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes over all devices: used, the most ever used, and all there are."""

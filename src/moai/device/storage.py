@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -75,6 +76,7 @@ class _AddressRange:
 
 
 _addresses: _AddressRange | None = None
+_making = threading.Lock()
 
 
 @cache
@@ -107,8 +109,9 @@ def maker(
     take = _addresses.take
 
     def make() -> tuple[torch.Tensor, Record]:
-        data.value = take(nbytes)
-        tensor = _from_dlpack(_new_capsule(pointer, b"dltensor", None))
+        with _making:  # transformers loads weights in threads: two would share the header, and so an address
+            data.value = take(nbytes)
+            tensor = _from_dlpack(_new_capsule(pointer, b"dltensor", None))
         record = Record(base)
         tensor.untyped_storage()._moai = record  # type: ignore[attr-defined]
         return tensor, record

@@ -6,7 +6,7 @@ script reads is 0, unless it follows from what the script has made on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -62,6 +62,9 @@ class DrySession:
     def synchronize(self) -> None:
         """The script waits for the devices."""
         self.recorder.flush()
+
+    def write(self, tensors: Sequence[tuple[torch.Tensor, int]], file: str) -> None:
+        """Nothing: there are no values."""
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes over all devices: used, the most ever used, and all there are."""

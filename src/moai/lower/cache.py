@@ -28,6 +28,7 @@ import torch
 import moai
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Ref, StepGraph
+from moai.lower.cache_folder import home
 from moai.lower.lowering import VALIDATE, lower, new_name
 from moai.lower.program import Instruction, Program
 from moai.lower.unhindered import without_collections
@@ -68,11 +69,6 @@ def lower_cached(graph: StepGraph, plan: Plan, given: Sequence[Placement | None]
             _write(file, program)
         return program
     return replace(program, name=new_name())
-
-
-def home(environ: Mapping[str, str]) -> Path:
-    """Where everything is kept that can be made again: moai in $XDG_CACHE_HOME (~/.cache)."""
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai"
 
 
 def folder(environ: Mapping[str, str]) -> Path:

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-import moai.graph.ops  # noqa: F401  (registers torch.ops.moai)
+import moai.graph.ops
+import moai.graph.part_ops  # noqa: F401  (they register torch.ops.moai)
 from moai.lower.program import Instruction
 
 aten = torch.ops.aten

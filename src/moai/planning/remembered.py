@@ -21,6 +21,7 @@ from typing import Any
 from moai.graph.placement import Placement
 from moai.graph.step_graph import StepGraph
 from moai.lower import cache
+from moai.lower.cache_folder import home
 from moai.plan.plan import Plan
 
 logger = logging.getLogger("moai")
@@ -97,4 +98,4 @@ def _make_room(folder: Path) -> None:
 
 
 def _folder(environ: Mapping[str, str]) -> Path:
-    return cache.home(environ) / "plans"
+    return home(environ) / "plans"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moai.lower.cache import home
+from moai.lower.cache_folder import home
 from moai.plan.profile import Hardware, Profile
 from moai.platform import pool
 from moai.platform.device import Device

@@ -22,6 +22,7 @@ from moai.graph.placement import REPLICATE, Mesh, Placement, local_shape
 from moai.graph.step_graph import TensorType
 from moai.lower.program import Program
 from moai.platform.device import Device
+from moai.runtime import files
 from moai.runtime import messages as m
 from moai.runtime.buffers import Buffer, Freed, Resident, Taken, growth, in_space, taken
 from moai.runtime.compiled import policy
@@ -65,6 +66,7 @@ class Accelerator:
         self._programs: dict[str, Program] = {}
         self._loaded: set[str] = set()
         self._step = 0
+        self._write_errors: dict[int, tuple[int, str]] = {}
         self._run_seconds = [0.0] * len(devices)
         self._instruction_seconds: list[tuple[float, ...]] = [()] * len(devices)
         self._pulses: list[m.Pulse | None] = [None] * len(devices)
@@ -193,6 +195,22 @@ class Accelerator:
             if terms[0] is not part:
                 part.copy_(total(terms) if len(terms) > 1 else terms[0])
         return out
+
+    def write(self, tensors: Sequence[tuple[Buffer, int]], file: str) -> None:
+        """Writes each tensor, row by row, into `file` from a byte on: every device what it holds, all at once. The path
+        is absolute and the file is there; terms of a sum cannot be written. OSError if it cannot be done."""
+        self._check()
+        regions: dict[int, list[m.Region]] = {}
+        for buffer, at in tensors:
+            for rank, region in files.regions(buffer, self._id_of(buffer), at):
+                regions.setdefault(rank, []).append(region)
+        request = next(self._requests)
+        asked = [self._links[rank] for rank in regions]
+        for link, own in zip(asked, regions.values(), strict=True):
+            link.post(encode(m.Write(request, file, tuple(own))), awaits=request)
+        self._wait(lambda: all(request not in link.awaited for link in asked))
+        if (error := self._write_errors.pop(request, None)) is not None:
+            raise OSError(*error, file)
 
     def synchronize(self) -> None:
         """Waits until the devices have finished what was run."""
@@ -323,6 +341,10 @@ class Accelerator:
                     self._run_seconds[rank] = seconds
                     self._instruction_seconds[rank] = by_instruction
                     self._links[rank].answered(("run", step))
+                case m.Written(request, error):
+                    if error is not None:
+                        self._write_errors[request] = error
+                    self._links[rank].answered(request)
                 case m.Note(text):
                     logger.warning("%s", text)
                 case m.Pulse():

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from moai.graph.step_graph import Ref, flat_ids, map_args, refs
-from moai.lower import cache
+from moai.lower.cache_folder import home
 from moai.lower.cleanup import uses
 from moai.lower.program import Instruction
 from moai.lower.regions import Region, is_plain_view
@@ -44,7 +44,7 @@ _NICE = 10
 def cache_folder(environ: Mapping[str, str]) -> Path:
     """Where compiled code is kept: TORCHINDUCTOR_CACHE_DIR, or else with what else we keep."""
     theirs = environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return Path(theirs) if theirs else cache.home(environ) / "inductor"
+    return Path(theirs) if theirs else home(environ) / "inductor"
 
 
 class Body:

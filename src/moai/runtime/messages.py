@@ -59,6 +59,26 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """Where the content of `buffer` lies in a file: as a tensor of geometry `shape` and `stride` (in entries), whose
+    first entry is at byte `at`."""
+
+    buffer: int
+    at: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write buffers into `file`, which is there; answered by `Written`."""
+
+    request: int
+    file: str
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Free:
     """Forget these buffers."""
 
@@ -105,6 +125,14 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What `request` asked for is in its file, or is not: the system's number of the error, and its words."""
+
+    request: int
+    error: tuple[int, str] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A command failed and the worker does nothing more. `in_collective`: another worker may be the cause."""
 
@@ -139,5 +167,5 @@ class Pulse:
     request: int = 0
 
 
-Command = Load | Unload | Put | Run | Read | Free | Ping
-Reply = Hello | Ready | Done | Part | Failed | Note | Pulse
+Command = Load | Unload | Put | Run | Read | Write | Free | Ping
+Reply = Hello | Ready | Done | Part | Written | Failed | Note | Pulse

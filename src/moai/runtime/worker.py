@@ -23,7 +23,7 @@ import torch
 from torch.distributed import TCPStore
 
 from moai.lower.program import Program
-from moai.runtime import measure
+from moai.runtime import files, measure
 from moai.runtime import messages as m
 from moai.runtime.clock import Clock
 from moai.runtime.collectives import NAMES, Distributed, Network
@@ -136,6 +136,9 @@ class Worker:
                 case m.Read():
                     self._doing = "read"
                     self._read(command)
+                case m.Write():
+                    self._doing = f"write {command.file}"
+                    self._write(command)
                 case m.Free():
                     self._free(command)
                 case m.Load():
@@ -199,6 +202,21 @@ class Worker:
             # One message each, so that pulses get through in between.
             self._channel.send(m.Part(command.request, offset, len(piece)), [piece])
             offset += len(piece)
+
+    def _write(self, command: m.Write) -> None:
+        error = None
+        try:
+            file = os.open(command.file, os.O_WRONLY)
+            try:
+                for region in command.regions:
+                    x = self._buffers[region.buffer].resolve_conj().resolve_neg().cpu()
+                    for _ in files.write(file, x, region.at, region.shape, region.stride):
+                        self._executed += 1  # a slow disk is no standstill
+            finally:
+                os.close(file)
+        except OSError as problem:
+            error = (problem.errno or 0, problem.strerror or str(problem))
+        self._channel.send(m.Written(command.request, error))
 
     # The reporting thread.
 
