@@ -29,7 +29,7 @@ def load(name_or_path: str, trust_remote_code: bool = False) -> tuple[PreTrained
     if looks_like_a_path(name_or_path) and not Path(name_or_path, "config.json").is_file():
         path = Path(name_or_path)
         hint = f" Make it: prepare.py {path.name}" if path.parent == EXAMPLES else ""
-        sys.exit(f"Cannot load the model: {path} is not a model folder (there is no config.json in it).{hint}")
+        sys.exit(f"Cannot load the model: {name_or_path} is not a model folder (there is no config.json in it).{hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(

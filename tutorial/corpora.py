@@ -17,6 +17,7 @@ import inspect
 import json
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,20 @@ def documented_in(path: Path, relative: Path) -> Iterator[Documented]:
         return
     module = ".".join(part for part in parts if part != "__init__")
     lines = text.splitlines()
-    for node in ast.walk(tree):
+    for node in blocks(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (docstring := ast.get_docstring(node)):
             yield Documented(node, docstring, module, lines)
+
+
+def blocks(tree: ast.Module) -> Iterator[ast.AST]:
+    """The module and all statements in it, outer ones first; definitions are nowhere else."""
+    rest: deque[ast.AST] = deque([tree])
+    while rest:
+        node = rest.popleft()
+        rest.extend(
+            c for c in ast.iter_child_nodes(node) if isinstance(c, ast.stmt | ast.excepthandler | ast.match_case)
+        )
+        yield node
 
 
 def source_without_docstring(item: Documented) -> str | None:

@@ -24,7 +24,7 @@ def main() -> None:
     model, tokenizer = checkpoint.load(args.model_name_or_path)
     tokenizer.pad_token = tokenizer.unk_token  # it has none for padding; this is also the one at a text's end
     if args.use_lora:  # queries, keys and values are one layer
-        model = training.add_lora(model, args, targets=["c_attn"])
+        model = training.add_lora(model, args, targets=["c_attn"], fan_in_fan_out=True)
 
     def tokenize(rows: dict) -> dict:
         pairs = zip(rows["instruction"], rows["output"], strict=True)

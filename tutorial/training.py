@@ -43,8 +43,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_lora(model: PreTrainedModel, args: Namespace, targets: list[str]) -> PreTrainedModel:
-    """The model with an adapter beside each of the linear layers `targets`; nothing else of it is trained."""
+def add_lora(
+    model: PreTrainedModel, args: Namespace, targets: list[str], fan_in_fan_out: bool = False
+) -> PreTrainedModel:
+    """The model with an adapter beside each of the linear layers `targets`; nothing else of it is trained.
+
+    `fan_in_fan_out` says that the layers keep their weights as [in, out], as GPT-2's do.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -53,6 +58,7 @@ def add_lora(model: PreTrainedModel, args: Namespace, targets: list[str]) -> Pre
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets,
+        fan_in_fan_out=fan_in_fan_out,
     )
     model = get_peft_model(model, config)
     trained, whole = model.get_nb_trainable_parameters()

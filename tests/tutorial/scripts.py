@@ -51,14 +51,17 @@ def environment(state: Path, **environ: str) -> dict[str, str]:
     return {**os.environ, **fixed, "HF_DATASETS_CACHE": str(state / "datasets"), **environ}
 
 
-def train(
-    prepared: Prepared, folder: Path, *args: object, name: str = "qwen", **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """A short training run: two epochs of four steps; the last arguments win."""
+def train(prepared: Prepared, folder: Path, *args: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A short training run; the last arguments win."""
+    save = ("--save-dir", folder / "out")
+    return run_script("train_qwen.py", folder, *train_arguments(prepared, "qwen"), *save, *args, **environ)
+
+
+def train_arguments(prepared: Prepared, name: str) -> list[str]:
+    """Two epochs of four steps."""
     settings = ("--epochs", 2, "--batch-size", 8, "--block-size", 16, "--lr", 1e-2, "--log-interval", 2)
     paths = ("--model-name-or-path", prepared.model(name), "--dataset-name-or-path", prepared.data(name))
-    save = ("--save-dir", folder / "out")
-    return run_script(f"train_{name}.py", folder, *paths, *settings, *save, *args, **environ)
+    return [str(argument) for argument in (*paths, *settings)]
 
 
 def losses(result: subprocess.CompletedProcess[str]) -> list[tuple[int, float]]:

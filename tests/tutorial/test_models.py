@@ -1,34 +1,78 @@
 """Every model's scripts on an accelerator of two devices say what they say on plain PyTorch."""
 
+import functools
+import json
+import re
+import subprocess
+import sys
+
 import pytest
 
-from tests.tutorial.scripts import ROWS, eval_losses, losses, run_script, train
+from tests.tutorial.scripts import ROOT, ROWS, environment, eval_losses, losses, train_arguments
 
-FAST = ("baichuan2",)
-NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ROWS]
-PLAIN = {"MOAI_CUDA": "0"}
-# Where the devices are fast at bf16 that would be the default, and the numbers others than plain PyTorch's.
-DEVICES = {"MOAI_DEVICES": "2", "MOAI_PLAN": "precision=fp32"}
-SETTINGS = ("--lr", 1e-3, "--eval-step", 4)
+# (model, with LoRA). Those that are not slow are looked at in every `make test`.
+FAST = (("gpt", False), ("baichuan2", True))
+SLOW = tuple((name, lora) for lora in (False, True) for name in ROWS if (name, lora) not in FAST)
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+LORA = ("--use-lora", "--lora-dropout", "0")
 
 
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", NAMES)
-def test_losses_and_answers_are_those_of_plain_pytorch(prepared, tmp_path, name, lora):
-    settings = (*SETTINGS, *(("--use-lora", "--lora-dropout", 0) if lora else ()))
-    one = train(prepared, tmp_path, *settings, "--save-dir", "one", name=name, **PLAIN)
-    two = train(prepared, tmp_path, *settings, "--save-dir", "two", name=name, **DEVICES)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert "MoAI Accelerator is ready to use." in two.stderr
-    assert [step for step, _ in losses(one)] == [1, 2, 4, 6, 8]
+@pytest.fixture(scope="module")
+def said(prepared, tmp_path_factory):
+    """What a case's script said: (where, case, script) -> (stdout, stderr). All slow cases run when one is wanted."""
+
+    @functools.cache
+    def run(cases):
+        return in_one_process(prepared, tmp_path_factory.mktemp("models"), cases)
+
+    def of(where, case, script):
+        return tuple(stream[f"{where} {run_of(case)} {script}_{case[0]}.py"] for stream in run(cases_with(case)))
+
+    return of
+
+
+def cases_with(case):
+    return FAST if case in FAST else SLOW
+
+
+def run_of(case):
+    name, lora = case
+    return f"{name}-{'lora' if lora else 'whole'}"
+
+
+def in_one_process(prepared, folder, cases):
+    """(stdout, stderr) of all runs, each by what stands in the line before it."""
+    runs = []
+    for name, lora in cases:
+        settings = (*train_arguments(prepared, name), "--lr", "1e-3", "--eval-step", "4", *(LORA if lora else ()))
+        runs.append((run_of((name, lora)), f"train_{name}.py", [*settings, "--save-dir", "out"]))
+        inference = ["--model-name-or-path", "out", "--max-new-tokens", "12"]
+        runs.append((run_of((name, lora)), f"inference_{name}.py", inference))
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.tutorial.one_process", str(folder), json.dumps(runs)],
+        # Where the devices are fast at bf16 that would be the default, and the numbers others than plain PyTorch's.
+        env=environment(folder, MOAI_DEVICES="2", MOAI_PLAN="precision=fp32"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    return [dict(re.findall(r"^=== (.*)\n((?:(?!=== ).*\n?)*)", text, re.M)) for text in (result.stdout, result.stderr)]
+
+
+@pytest.mark.parametrize(("name", "lora"), CASES)
+def test_losses_are_those_of_plain_pytorch(said, name, lora):
+    one, two = (said(where, (name, lora), "train")[1] for where in ("plain", "devices"))
+    assert [step for step, _ in losses(one)] == [step for step, _ in losses(two)] == [1, 2, 4, 6, 8]
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
     assert len(eval_losses(one)) == 2
     assert eval_losses(two) == pytest.approx(eval_losses(one), rel=1e-5)
+    assert losses(one)[-1][1] < losses(one)[0][1]
 
-    answers = [
-        run_script(f"inference_{name}.py", tmp_path, "--model-name-or-path", "one", "--max-new-tokens", 12, **where)
-        for where in (PLAIN, DEVICES)
-    ]
-    assert [answer.returncode for answer in answers] == [0, 0], answers
-    assert answers[0].stdout.lower().startswith(f"{name}: ")
-    assert answers[0].stdout == answers[1].stdout
+
+@pytest.mark.parametrize(("name", "lora"), CASES)
+def test_answers_are_those_of_plain_pytorch(said, name, lora):
+    one, two = (said(where, (name, lora), "inference")[0] for where in ("plain", "devices"))
+    assert one.lower().startswith(f"{name}: ")
+    assert two == one
