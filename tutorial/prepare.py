@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -75,9 +76,9 @@ def main() -> None:
 
 def put(folder: Path, write: Callable[[Path], str], sources: list[Path]) -> None:
     """Have `write` make the folder, whole or not at all, unless it is there and of these sources."""
-    stamp, wanted = folder.with_suffix(".stamp"), fingerprint(sources)
+    stamp, wanted, name = folder.with_suffix(".stamp"), fingerprint(sources), os.path.relpath(folder)
     if stamp.exists() and stamp.read_text() == wanted:
-        print(f"{folder} is ready")
+        print(f"{name} is ready")
         return
     new = folder.parent / ".new" / folder.name
     shutil.rmtree(new, ignore_errors=True)
@@ -87,7 +88,7 @@ def put(folder: Path, write: Callable[[Path], str], sources: list[Path]) -> None
     new.rename(folder)
     new.parent.rmdir()
     stamp.write_text(wanted)
-    print(f"{folder} is ready: {what}")
+    print(f"{name} is ready: {what}")
 
 
 def fingerprint(sources: list[Path]) -> str:

@@ -64,12 +64,12 @@ def train_arguments(prepared: Prepared, name: str) -> list[str]:
     return [str(argument) for argument in (*paths, *settings)]
 
 
-def losses(result: subprocess.CompletedProcess[str]) -> list[tuple[int, float]]:
-    """(step, loss) of every log line."""
-    lines = re.findall(r"\[Step (\d+)/\d+\] \| Loss: (\S+)", result.stderr)
+def losses(log: str) -> list[tuple[int, float]]:
+    """(step, loss) of every line about a step."""
+    lines = re.findall(r"\[Step (\d+)/\d+\] \| Loss: (\S+)", log)
     return [(int(step), float(loss)) for step, loss in lines]
 
 
-def eval_losses(result: subprocess.CompletedProcess[str]) -> list[float]:
+def eval_losses(log: str) -> list[float]:
     """The loss of every evaluation."""
-    return [float(loss) for loss in re.findall(r"Eval Loss: (\S+)", result.stderr)]
+    return [float(loss) for loss in re.findall(r"Eval Loss: (\S+)", log)]

@@ -58,7 +58,13 @@ def in_one_process(prepared, folder, cases):
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    return [dict(re.findall(r"^=== (.*)\n((?:(?!=== ).*\n?)*)", text, re.M)) for text in (result.stdout, result.stderr)]
+    return [sections(text) for text in (result.stdout, result.stderr)]
+
+
+def sections(text):
+    """What stands behind each line `=== NAME`, by the name."""
+    parts = re.split(r"^=== (.*)\n", text, flags=re.M)[1:]
+    return {name: said.strip() for name, said in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @pytest.mark.parametrize(("name", "lora"), CASES)

@@ -43,7 +43,7 @@ def test_a_run_ends_well(run):
 
 
 def test_the_loss_falls(run):
-    (first, start), *_, (last, end) = losses(run[0])
+    (first, start), *_, (last, end) = losses(run[0].stderr)
     assert (first, last) == (1, 8)
     assert end < start - 0.5
 
@@ -76,10 +76,10 @@ def test_throughput_counts_the_steps_since_the_last_line_and_their_time(plain):
 
 
 def test_two_devices_print_the_losses_of_one(plain, accelerated):
-    assert [step for step, _ in losses(plain[0])] == [step for step, _ in losses(accelerated[0])]
-    for (_, one), (_, two) in zip(losses(plain[0]), losses(accelerated[0]), strict=True):
+    assert [step for step, _ in losses(plain[0].stderr)] == [step for step, _ in losses(accelerated[0].stderr)]
+    for (_, one), (_, two) in zip(losses(plain[0].stderr), losses(accelerated[0].stderr), strict=True):
         assert two == pytest.approx(one, abs=2e-4)
-    assert eval_losses(accelerated[0]) == pytest.approx(eval_losses(plain[0]), abs=2e-4)
+    assert eval_losses(accelerated[0].stderr) == pytest.approx(eval_losses(plain[0].stderr), abs=2e-4)
 
 
 def test_two_devices_leave_the_checkpoint_of_one(plain, accelerated):
