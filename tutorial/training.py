@@ -118,12 +118,12 @@ def evaluate(model: PreTrainedModel, loader: DataLoader, loss_of: Callable[[dict
     began = time.perf_counter()
     logger.info("[START EPOCH EVAL]")
     model.eval()
-    total = torch.zeros((), device=model.device)
+    total = 0.0
     for step, batch in enumerate(loader, 1):
-        total += loss_of(batch)
+        total += loss_of(batch).item()  # read batch by batch, so that each is the same small graph
         if step % 10 == 0 or step == len(loader):
             logger.info(f"EVAL STEP: {step} / {len(loader)}")
-    mean = total.item() / len(loader)  # awaits the device, once
+    mean = total / len(loader)
     model.train()
     logger.info(f"Eval Loss: {mean:.6f} | ELAPSED EVAL TIME: {time.perf_counter() - began:.2f} sec")
     return mean
