@@ -24,10 +24,8 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 train: install
-	$(PY) tutorial/prepare.py
-	$(PY) tutorial/train_qwen.py \
-		--model-name-or-path tutorial/data/model --dataset-name-or-path tutorial/data/corpus \
-		--epochs 1 --batch-size 64 --block-size 64 --lr 1e-3
+	$(PY) tutorial/prepare.py qwen
+	$(PY) tutorial/train_qwen.py
 	$(PY) tutorial/inference_qwen.py --max-new-tokens 32
 
 lint: install

@@ -5,6 +5,7 @@ In and out: folders as `save_pretrained` writes them. Every problem is a `System
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -13,22 +14,45 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-CHECKPOINT_SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".txt"}
+CHECKPOINT_SUFFIXES = {".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".txt"}
+EXAMPLES = Path(__file__).resolve().parent / "data"
 
 
-def load(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in fp32, and its tokenizer, from a folder or from the Hugging Face hub."""
+def load(name_or_path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in fp32, and its tokenizer, from a folder or from the Hugging Face hub.
+
+    A folder with a LoRA adapter is the model that the adapter was trained for, with the adapter merged into it.
+    """
+    adapter = Path(name_or_path, "adapter_config.json")
+    if adapter.is_file():
+        return load_adapted(adapter, trust_remote_code)
     if looks_like_a_path(name_or_path) and not Path(name_or_path, "config.json").is_file():
-        sys.exit(f"Cannot load the model: {name_or_path} is not a model folder (there is no config.json in it).")
+        path = Path(name_or_path)
+        hint = f" Make it: prepare.py {path.name}" if path.parent == EXAMPLES else ""
+        sys.exit(f"Cannot load the model: {name_or_path} is not a model folder (there is no config.json in it).{hint}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # what a damaged file raises depends on the file and on the library that reads it
         sys.exit(f"Cannot load the model {name_or_path}: {type(error).__name__}: {error}")
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         sys.exit(f"Cannot load the model {name_or_path}: weights are missing ({missing}, ...).")
     return model, tokenizer
+
+
+def load_adapted(adapter: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load` gives, for an adapter's `adapter_config.json`."""
+    from peft import PeftModel
+
+    try:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        model, tokenizer = load(base, trust_remote_code)
+        return PeftModel.from_pretrained(model, str(adapter.parent)).merge_and_unload(), tokenizer
+    except Exception as error:
+        sys.exit(f"Cannot load the adapter {adapter.parent}: {type(error).__name__}: {error}")
 
 
 def looks_like_a_path(name: str) -> bool:

@@ -23,7 +23,9 @@ def main() -> None:
 
     prompt = tokenizer(PROMPT, return_tensors="pt").to(device)
     with torch.no_grad():
-        answer = model.generate(**prompt, max_new_tokens=args.max_new_tokens)
+        answer = model.generate(
+            **prompt, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
     print(f"Qwen: {tokenizer.decode(answer[0].cpu(), skip_special_tokens=True)}")
 
 

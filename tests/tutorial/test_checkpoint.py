@@ -12,7 +12,7 @@ from tutorial import checkpoint
 @pytest.fixture
 def model_folder(prepared, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(prepared.model, tmp_path / "model")
+    return shutil.copytree(prepared.model(), tmp_path / "model")
 
 
 def test_a_missing_folder_is_said(tmp_path):
@@ -50,14 +50,14 @@ def test_weights_that_are_not_in_the_file_are_said(model_folder):
 
 
 def test_what_was_saved_is_what_is_loaded(prepared, tmp_path):
-    model, tokenizer = checkpoint.load(str(prepared.model))
+    model, tokenizer = checkpoint.load(str(prepared.model()))
     checkpoint.save(model, tokenizer, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_an_earlier_checkpoint_is_replaced_as_a_whole(prepared, tmp_path):
-    model, tokenizer = checkpoint.load(str(prepared.model))
+    model, tokenizer = checkpoint.load(str(prepared.model()))
     checkpoint.save(model, tokenizer, tmp_path / "out")
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("of a larger model")
     checkpoint.check_writable(tmp_path / "out")
@@ -67,7 +67,7 @@ def test_an_earlier_checkpoint_is_replaced_as_a_whole(prepared, tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(prepared, tmp_path, monkeypatch):
-    model, tokenizer = checkpoint.load(str(prepared.model))
+    model, tokenizer = checkpoint.load(str(prepared.model()))
     checkpoint.save(model, tokenizer, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     torch.nn.init.zeros_(model.lm_head.weight)

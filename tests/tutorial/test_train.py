@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tutorial.scripts import losses, run_script, train
+from tests.tutorial.scripts import eval_losses, losses, run_script, train
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_run_ends_well(run):
 
 
 def test_the_loss_falls(run):
-    (first, start), *_, (last, end) = losses(run[0])
+    (first, start), *_, (last, end) = losses(run[0].stderr)
     assert (first, last) == (1, 8)
     assert end < start - 0.5
 
@@ -56,6 +56,9 @@ def test_a_run_prints_the_lines_of_the_tutorial_in_order(run):
         r"Model load and warmup done\. Duration: \d+\.\d\d$",
         r"\[Step 2/8\] \| Loss: \d\.\d+ \| Duration: \d+\.\d\d \| Throughput: \d+\.\d\d tokens/sec$",
         r"\[Step 8/8\]",
+        r"\[START EPOCH EVAL\]$",
+        r"EVAL STEP: 1 / 1$",
+        r"Eval Loss: \d\.\d+ \| ELAPSED EVAL TIME: \d+\.\d\d sec$",
         r"Training Done",
         r"Saving Model\.\.\.",
         r"Model saved in .*out$",
@@ -73,9 +76,10 @@ def test_throughput_counts_the_steps_since_the_last_line_and_their_time(plain):
 
 
 def test_two_devices_print_the_losses_of_one(plain, accelerated):
-    assert [step for step, _ in losses(plain[0])] == [step for step, _ in losses(accelerated[0])]
-    for (_, one), (_, two) in zip(losses(plain[0]), losses(accelerated[0]), strict=True):
+    assert [step for step, _ in losses(plain[0].stderr)] == [step for step, _ in losses(accelerated[0].stderr)]
+    for (_, one), (_, two) in zip(losses(plain[0].stderr), losses(accelerated[0].stderr), strict=True):
         assert two == pytest.approx(one, abs=2e-4)
+    assert eval_losses(accelerated[0].stderr) == pytest.approx(eval_losses(plain[0].stderr), abs=2e-4)
 
 
 def test_two_devices_leave_the_checkpoint_of_one(plain, accelerated):

@@ -1,0 +1,33 @@
+"""Ask a fine-tuned OPT for code: a plain PyTorch script for one device."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+import checkpoint
+import torch
+
+PROMPT = "[INST] Return the number of items in the list. [/INST]\n"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model-name-or-path", default="./opt_checkpoint")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = checkpoint.load(args.model_name_or_path)
+    model.eval()
+    model.to(device)
+
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(device)
+    with torch.no_grad():
+        answer = model.generate(
+            **prompt, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    print(f"OPT: {tokenizer.decode(answer[0].cpu(), skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    main()
