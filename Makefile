@@ -46,6 +46,7 @@ bench: install
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.regret
 	$(PY) -m benchmarks.pipeline
+	$(PY) -m benchmarks.generation
 	$(PY) -m benchmarks.fits
 	$(PY) -m benchmarks.numerics
 	$(PY) -m benchmarks.compile_time

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import capture, compile_time, results
+from benchmarks import capture, compile_time, generation, results
 from benchmarks.child import Child
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import report
@@ -169,3 +169,13 @@ def run(benchmark: Any, folder: Path, *arguments: str) -> dict[str, Any]:
     benchmark.main(["--json", str(path), *arguments])
     figures: dict[str, Any] = json.loads(path.read_text())
     return figures
+
+
+@pytest.mark.slow
+def test_generation_says_what_a_token_takes_beside_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generation.main(["--small", "--json", str(tmp_path / "generation.json")])
+    figures = json.loads((tmp_path / "generation.json").read_text())
+    (peers,) = figures["sizes"].values()
+    assert list(peers) == ["PyTorch", "MoAI, 1 worker", "MoAI, 2 workers"]
+    assert all(peer["ms"]["median"] > 0 and peer["ratio"]["median"] > 0 for peer in peers.values())
+    assert "times PyTorch's" in capsys.readouterr().out

@@ -10,6 +10,7 @@ joined to those that the devices have just chosen, the segment ends, and these a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ def compute(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwarg
     if kwargs.get("dtype") not in _WHOLE and (not given or kwargs.get("dtype") is not None):
         return UNKNOWN
     made = meta.infer(operator, args, kwargs)
+    if made is meta.UNKNOWN:
+        recorder.spoil_tape(f"the shape of what {operator.name} makes depends on data")
     if any(t.numel() > MAX_ELEMENTS or t.dtype not in _WHOLE for t in tensors((made,))):
         return UNKNOWN
     records = [record_of(t) for t in given if t.device.type != "cpu"]
@@ -55,9 +58,14 @@ def compute(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwarg
             return UNKNOWN
         _fetch(recorder, elsewhere)
     if operator.mutated:
-        return _written(recorder, operator, args, kwargs)
-    role = _role(records)
-    return host_eval.run_on_host(operator, args, kwargs, recorder.read, lambda x: recorder.upload_result(x, role))
+        result = _written(recorder, operator, args, kwargs)
+    else:
+        role = _role(records)
+        make = functools.partial(recorder.upload_result, role=role)
+        result = host_eval.run_on_host(operator, args, kwargs, recorder.content, make)
+    if recorder.tape is not None and result is not UNKNOWN:
+        recorder.tape.computed(operator, args, kwargs, result)
+    return result
 
 
 def alone(recorder: Recorder, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,7 +75,10 @@ def alone(recorder: Recorder, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(arg, torch.Tensor) and arg.dtype in _WHOLE and arg.numel() <= MAX_ELEMENTS:
             record = record_of(arg) if arg.device.type != "cpu" else None
             if record is not None and arg.size() != record.base[0] and _is_at_hand(recorder, record):
-                args = (*args[:k], recorder.upload_result(recorder.read(arg), _role((record,))), *args[k + 1 :])
+                part = recorder.upload_result(recorder.content(arg), _role((record,)))
+                if recorder.tape is not None:
+                    recorder.tape.parted(arg, part)
+                args = (*args[:k], part, *args[k + 1 :])
     return args
 
 
@@ -92,6 +103,7 @@ def _is_at_hand(recorder: Recorder, record: Record) -> bool:
 
 
 def _fetch(recorder: Recorder, records: list[Record]) -> None:
+    recorder.spoil_tape("it waits for what the devices compute")
     if any(r.written == recorder.segment.epoch for r in records):
         recorder.flush()
     for record in records:
@@ -111,8 +123,8 @@ def _written(recorder: Recorder, operator: Operator, args: tuple[Any, ...], kwar
     base = torch.empty_strided(size, stride, dtype=dtype)
     with torch.no_grad():
         base.copy_(record.value.host) if record.value.host is not None else base.zero_()
-        others = host_eval.on_host(args[1:], recorder.read)
-        operator.op(base.as_strided(*window[:3]), *others, **host_eval.on_host(kwargs, recorder.read))
+        others = host_eval.on_host(args[1:], recorder.content)
+        operator.op(base.as_strided(*window[:3]), *others, **host_eval.on_host(kwargs, recorder.content))
     role = _role((record,))
     # What the segment has taken in is what was there before: from here on it is another input.
     record.value, record.epoch = Value(host=base, role=role), -1

@@ -8,9 +8,9 @@ boundary (`flush`) hands the segment to `execute`; a value is read through `read
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from moai.capture.geometry import contiguous_stride
 from moai.capture.held import KEEP_BYTES, HeldValues, dropped_text
 from moai.capture.operators import Operator
 from moai.capture.segment import OpenSegment, missing_text
+from moai.capture.stretch import Stretch, Tape
 from moai.capture.trace import Call, OutSpec, tensor_specs
 from moai.capture.values import Base, Record, Role, Value, geometry_of, record_of
 from moai.graph.step_graph import StepGraph
@@ -33,6 +34,8 @@ _SOLE_OWNER = 2
 MAX_CALLS = 400_000
 # Without gradients there is no step to wait for: an upload ends a segment that has grown to this many calls.
 LONG_SEGMENT = 512
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Recorder:
         self.n_calls = 0
         self.held_values = HeldValues()
         self.segment = OpenSegment(self.root, 1)
+        self.tape: Tape | None = None
 
     # ------------------------------------------------------------------ recording
 
@@ -121,6 +125,25 @@ class Recorder:
                     return segment.written(call, args, kwargs)
                 segment.unbind(n_inputs, n_scalars)
         return self._describe(operator, args, kwargs)
+
+    def taped(
+        self, function: Callable[[], _Result], arguments: Sequence[torch.Tensor], results: Callable[[_Result], Any]
+    ) -> tuple[_Result, Stretch | None, str]:
+        """Calls `function`, which takes these accelerator tensors. What it returns; how to do the same again without
+        calling it, if that is possible, or why not. `results`: the accelerator tensors in what it returned."""
+        if self.tape is not None:
+            return function(), None, "it is part of another"
+        self.tape = tape = Tape(self, arguments)
+        try:
+            returned = function()
+        finally:
+            self.tape = None
+        return returned, tape.finish(results(returned)), tape.spoiled
+
+    def spoil_tape(self, why: str) -> None:
+        """What happens now cannot be repeated by a stretch."""
+        if self.tape is not None:
+            self.tape.spoil(why)
 
     # ------------------------------------------------------------------ the slow path
 
@@ -161,6 +184,7 @@ class Recorder:
 
     def _run_on_host(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is made of numbers alone, as an identity matrix is, is no data."""
+        self.spoil_tape(f"{operator.name} runs on the host")
         written = [args[i] for i in operator.mutated if i < len(args)]
         written += [kwargs[name] for name in operator.mutated_names if name in kwargs]
         targets = {id(t) for t in at_hand.tensors(written)}
@@ -207,6 +231,7 @@ class Recorder:
 
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An accelerator tensor without a value. Reading it before it is written gives zeros."""
+        self.spoil_tape("it allocates or uploads a tensor")
         if not meta.is_dense(size, stride):
             stride = contiguous_stride(size)
         tensor, record = self.make(size, stride, dtype)()
@@ -221,10 +246,12 @@ class Recorder:
 
     def upload_result(self, tensor: torch.Tensor, role: Role) -> torch.Tensor:
         """What the host computed for the script, which begins no step."""
-        result = self.upload(tensor, ends_segment=False)
-        value = record_of(result).value
-        assert value is not None
-        value.role = role
+        size, stride, dtype = tuple(tensor.size()), tensor.stride(), tensor.dtype
+        if not meta.is_dense(size, stride):
+            stride = contiguous_stride(size)
+        result, record = self.make(size, stride, dtype)()
+        with torch.no_grad():
+            record.value = Value(host=torch.empty_strided(size, stride, dtype=dtype).copy_(tensor), role=role)
         return result
 
     def fill_from_host(self, target: torch.Tensor, source: torch.Tensor, ends_segment: bool = True) -> bool:
@@ -318,6 +345,11 @@ class Recorder:
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The value of an accelerator tensor as a CPU tensor that shares nothing with the accelerator's."""
+        self.spoil_tape("it reads a tensor's value")
+        return self.content(tensor)
+
+    def content(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`read` for what is computed here: the script does not see the value."""
         record = record_of(tensor)
         record.usage.used = True
         if record.written == self.segment.epoch:

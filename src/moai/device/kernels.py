@@ -25,9 +25,9 @@ def table(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     return _views(recorder) | _memory(recorder) | _copies(recorder) | _others(recorder)
 
 
-def on_accelerator(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is the accelerator's."""
-    return tensor.device.type not in ("cpu", "meta")
+def on_accelerator(value: Any) -> bool:
+    """Whether something is a tensor of the accelerator."""
+    return isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta")
 
 
 def _views(recorder: Recorder) -> dict[str, Callable[..., Any]]:

@@ -29,7 +29,7 @@ from moai.runtime.compiled import policy
 from moai.runtime.launcher import Launcher, LocalLauncher
 from moai.runtime.link import Link
 from moai.runtime.parts import check_split, holders, part_at, total
-from moai.runtime.transport import encode
+from moai.runtime.transport import encode, memory_of
 from moai.runtime.watchdog import Watchdog
 
 logger = logging.getLogger("moai")
@@ -42,6 +42,8 @@ _SUSPICION_SECONDS = 3.0
 # Tensors up to this size are copied, so that an upload returns at once; larger ones are sent from where they lie.
 _COPY_BYTES = 1 << 20
 _BACKLOG_BYTES = 32 << 20
+# Up to this size, a tensor is part of a message and goes with the next command.
+_SMALL_BYTES = 1 << 14
 
 
 class Accelerator:
@@ -120,7 +122,7 @@ class Accelerator:
         self._check()
         mesh = in_space(mesh)
         tensor = tensor.detach().resolve_conj().resolve_neg()
-        if tensor.nbytes <= _COPY_BYTES:
+        if _SMALL_BYTES < tensor.nbytes <= _COPY_BYTES:
             tensor = tensor.clone()
         parts = self._parts(tensor, placement, mesh)
         self._post_frees()
@@ -130,11 +132,15 @@ class Accelerator:
         tickets = []
         for rank, part in parts.items():
             shape = local_shape(buffer.type.shape, placement, mesh, mesh.coordinates(rank))
+            if part is not None and 0 < part.nbytes <= _SMALL_BYTES:
+                part = part.contiguous()  # in a variable: `memory_of` does not keep it
+                self._links[rank].put_small(m.Small(id, shape, tensor.dtype, bytes(memory_of(part))))
+                continue
             put = m.Put(id, shape, tensor.dtype, zeros=part is None)
             tickets.append((self._links[rank], self._links[rank].post(encode(put), part)))
         if tensor.nbytes > _COPY_BYTES:
             self._wait(lambda: all(link.sent >= ticket for link, ticket in tickets))
-        else:
+        elif tickets:
             self._wait(lambda: all(link.backlog <= _BACKLOG_BYTES for link in self._links))
         return buffer
 
@@ -241,7 +247,9 @@ class Accelerator:
             raise ValueError(f"mesh ({mesh}) is of {mesh.n_devices} device(s), the accelerator has {self.n_devices}")
         for shard in placement.shards:
             check_split(tensor, shard, mesh)
-        found = {}
+        if placement == REPLICATE:
+            return dict.fromkeys(range(self.n_devices), tensor)
+        found: dict[int, torch.Tensor | None] = {}
         for rank in range(self.n_devices):
             at = mesh.coordinates(rank)
             if placement.on(mesh.stage(rank)):
@@ -257,12 +265,15 @@ class Accelerator:
             )
         mesh = in_space(program.mesh)
         for i, (buffer, slot) in enumerate(zip(inputs, program.inputs, strict=True)):
+            if buffer._fits is slot:  # a weight, say, which most runs are given again
+                continue
             whole = buffer.placement == REPLICATE  # what all devices have whole, they have so on every mesh
             if (buffer.type, buffer.placement, mesh if whole else buffer.mesh) != (slot.type, slot.placement, mesh):
                 raise ValueError(
                     f"input {i} of program {program.name} is {slot.type}@{slot.placement} on mesh ({mesh}), but was "
                     f"given {buffer}"
                 )
+            buffer._fits = slot
         ids = tuple(map(self._id_of, inputs))
         if len(set(ids)) < len(ids):
             donated = {id for id, slot in zip(ids, program.inputs, strict=True) if slot.donated}
@@ -307,6 +318,8 @@ class Accelerator:
                 link.post(encoded, awaits=awaits)
 
     def _post_frees(self) -> None:
+        if not self._frees:
+            return
         with self._changed:
             # Buffers die in any thread at any time: take those that are there now.
             dead = tuple(self._frees.popleft() for _ in range(len(self._frees)))

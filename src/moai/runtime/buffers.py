@@ -22,10 +22,11 @@ Taken = tuple[int, tuple[int, ...]]
 class Buffer:
     """A tensor that lies on the devices. Dropping the last reference frees it there.
 
-    `mesh` is that of the devices, without "micro": buffers outlive the passes of a loop.
+    `mesh` is that of the devices, without "micro": buffers outlive the passes of a loop. `_fits` is the last input of a
+    program that it was found to fit.
     """
 
-    __slots__ = ("__weakref__", "_frees", "_id", "mesh", "placement", "type")
+    __slots__ = ("__weakref__", "_fits", "_frees", "_id", "mesh", "placement", "type")
 
     def __init__(self, id: int, type: TensorType, placement: Placement, mesh: Mesh, frees: deque[Freed]) -> None:
         self.type = type
@@ -33,6 +34,7 @@ class Buffer:
         self.mesh = mesh
         self._id: int | None = id
         self._frees = frees
+        self._fits: Slot | None = None
 
     def __repr__(self) -> str:
         return f"Buffer({self.type}@{self.placement} on mesh ({self.mesh}){', donated' if self._id is None else ''})"

@@ -16,7 +16,7 @@ import torch
 
 from moai.runtime import messages as m
 from moai.runtime.launcher import Worker
-from moai.runtime.transport import Channel, memory_of, pieces
+from moai.runtime.transport import Channel, encode, memory_of, pieces
 
 
 class Link:
@@ -35,6 +35,7 @@ class Link:
         self._changed = changed
         self._channel: Channel = worker.channel
         self._outbox: queue.SimpleQueue[tuple[bytes, torch.Tensor | None]] = queue.SimpleQueue()
+        self._small: list[m.Small] = []
         self._reads: dict[int, tuple[torch.Tensor, int]] = {}
 
     def start(self, on_reply: Callable[[int, m.Reply], None], on_lost: Callable[[int], None]) -> None:
@@ -52,12 +53,20 @@ class Link:
         """Queues an encoded command, with a tensor whose bytes follow it; `tensor` may change once `sent` reaches the
         number returned. `awaits` stays in `awaited` until `answered`."""
         with self._changed:
+            small, self._small = tuple(self._small), []
+            if small:
+                self.post(encode(m.PutSmall(small)))
             self.posted += 1
             self.backlog += tensor.nbytes if tensor is not None else 0
             if awaits is not None:
                 self.awaited.add(awaits)
             self._outbox.put((command, tensor))
             return self.posted
+
+    def put_small(self, tensor: m.Small) -> None:
+        """Queues a small tensor for the next command: a step has many, and each message wakes three threads."""
+        with self._changed:
+            self._small.append(tensor)
 
     def answered(self, what: object) -> None:
         """The worker no longer owes `what`."""

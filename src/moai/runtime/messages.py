@@ -40,6 +40,23 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True)
+class Small:
+    """A small tensor: buffer, local shape, and its bytes in row-major order, at least one."""
+
+    buffer: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PutSmall:
+    """Make a buffer of each of these."""
+
+    tensors: tuple[Small, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Run `program` on buffers `inputs`, keep its results as buffers `outputs`; answered by `Done`."""
 
@@ -167,5 +184,5 @@ class Pulse:
     request: int = 0
 
 
-Command = Load | Unload | Put | Run | Read | Write | Free | Ping
+Command = Load | Unload | Put | PutSmall | Run | Read | Write | Free | Ping
 Reply = Hello | Ready | Done | Part | Written | Failed | Note | Pulse

@@ -131,6 +131,10 @@ class Worker:
                 case m.Put():
                     assert tensor is not None
                     self._buffers[command.buffer] = tensor
+                case m.PutSmall(tensors):
+                    for small in tensors:
+                        x = torch.frombuffer(bytearray(small.content), dtype=small.dtype)
+                        self._buffers[small.buffer] = x.view(small.shape).to(self._device)
                 case m.Run():
                     self._run(command)
                 case m.Read():
