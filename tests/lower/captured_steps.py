@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import pytest
@@ -70,6 +70,7 @@ def language_model(config: transformers.PretrainedConfig, experts: str = "batche
     return script
 
 
+@cache  # the same script again, which is captured once
 def llama_with_adamw(batch: int, length: int, times: int = 1, **config: int) -> Callable[[str], None]:
     """Steps of AdamW on `batch` x `length` zeros, for tests of where values lie, not of what they are."""
     made = transformers.LlamaConfig(**config, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)

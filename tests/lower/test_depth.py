@@ -35,7 +35,7 @@ COMMON = {
 }
 # Large enough that what is gathered of one layer is not joined with the next, and that what is computed again is not
 # taken for a repetition.
-WIDE = {**COMMON, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+WIDE = transformers.LlamaConfig(**{**COMMON, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32})
 GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY}
 OPT = {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32}
 NARROW = {**COMMON, "intermediate_size": 32}
@@ -62,9 +62,16 @@ KINDS = [
 EVERYTHING = "dp=2,tp=2,micro=2,recompute=full,distribute_param=true,distribute_low_prec_param=true,precision=bf16"
 
 
+_scripts: dict[tuple[Any, ...], Callable[[str], None]] = {}  # kept: the same script is captured once
+
+
 def training(
     config: transformers.PretrainedConfig, steps: int = 1, padded: bool = False, **options: Any
 ) -> Callable[[str], None]:
+    key = (id(config), steps, padded, *options.items())
+    if key in _scripts:
+        return _scripts[key]
+
     def script(device: str) -> None:
         config._attn_implementation = "eager" if config.model_type == "gemma2" else "sdpa"
         config._experts_implementation = "batched_mm"
@@ -82,7 +89,7 @@ def training(
             optimizer.step()
             loss.item()
 
-    return script
+    return _scripts.setdefault(key, script)
 
 
 @pytest.fixture
@@ -150,7 +157,7 @@ def test_every_kind_of_plan_is_lowered_alike(text: str, graph_of, monkeypatch) -
 
 def test_a_plan_of_everything_is_lowered_alike(graph_of, monkeypatch) -> None:
     """But for sums of single numbers behind the loop, which may find another message to go with."""
-    graph, plan = graph_of(training(transformers.LlamaConfig(**WIDE))), parse(EVERYTHING, 4)
+    graph, plan = graph_of(training(WIDE)), parse(EVERYTHING, 4)
     part, whole = (f(graph, plan, monkeypatch) for f in (lowered_in_part, lowered_whole))
     messages = {"wait", "all_reduce", "all_reduce_start"}
     counts = [Counter(i.op for i in program.instructions if i.op not in messages) for program in (part, whole)]
@@ -161,7 +168,7 @@ def test_a_plan_of_everything_is_lowered_alike(graph_of, monkeypatch) -> None:
 
 def test_layers_whose_gradients_share_a_large_message_are_lowered_alike(graph_of, monkeypatch) -> None:
     """A message of five layers is small, one of all of them is not."""
-    graph, plan = graph_of(training(transformers.LlamaConfig(**WIDE))), parse("dp=4", 4)
+    graph, plan = graph_of(training(WIDE)), parse("dp=4", 4)
     same(lowered_in_part(graph, plan, monkeypatch), lowered_whole(graph, plan, monkeypatch))
 
 

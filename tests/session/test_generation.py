@@ -127,6 +127,15 @@ print(model.generate(**prompt(7), logits_processor=[own]).tolist())
 assert set(seen) == {(DEVICE, DEVICE)}
 """
 
+MIXED = """
+with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    print(model.float().generate(**prompt(7) | {"max_new_tokens": 4}).shape)
+"""
+
+
+def test_it_generates_in_mixed_precision() -> None:
+    assert generated(MIXED, "cuda").stdout == generated(MIXED, "cpu").stdout
+
 
 def test_what_a_script_adds_to_the_loop_gets_tensors_of_the_device() -> None:
     assert generated(OWN_PARTS, "cuda").stdout == generated(OWN_PARTS, "cpu").stdout

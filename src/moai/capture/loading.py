@@ -1,7 +1,7 @@
 """Loading a checkpoint: what is copied from one tensor to another while both are on the host.
 
-In: a copy between accelerator tensors. Out: whether it was done here. The first step after loading is then the step of
-any other run, and its parameters are in memory once.
+In: a copy between accelerator tensors. Out: whether it was done here. The first step after loading is then a step like
+those behind it, and its parameters are in memory once.
 """
 
 from __future__ import annotations

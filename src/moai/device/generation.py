@@ -69,6 +69,7 @@ def _would_grow(model: Any, config: Any, model_kwargs: dict[str, Any]) -> bool:
         and model_kwargs.get("past_key_values") is None
         and getattr(model, "_can_compile_fullgraph", False)
         and model._supports_default_dynamic_cache()
+        and not torch.is_autocast_enabled("cuda")  # keys and values may have two dtypes, a static cache has one
     )
 
 
