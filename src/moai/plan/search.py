@@ -10,9 +10,11 @@ Once the bound is above what the best plan takes, so are all that follow. Of a l
 again, or gathers more often, is only asked where the one before it does not fit: it does all of that and more, and is
 no faster.
 
-Stages share the layers, and the bound is that of a step which they share evenly and without waiting. A plan with stages
-is asked about only where it may be so much faster than the best without that it would be taken; and once it is, so are
-the other orders in which its stages can work, which do the same and wait otherwise.
+Stages share the layers, and the bound is that of a step which they share evenly, with the least bubble of the orders in
+which they can work: gradients of a product's weights take no longer than those of its inputs. A plan with stages is
+asked about only where it may be so much faster than the best without that it would be taken; and once it is, so are
+the other orders, which do the same and wait otherwise. One thing is not proven: if the model fits without stages, they
+are asked about where the plainest order may be faster. It keeps many plans away of which few are, by some percent.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ class _Search:
 
     def run(self, progress: Callable[[int, int], None]) -> list[Candidate]:
         """All candidates, those that can be taken first, the fastest first."""
-        found = sorted(self._bounds(), key=lambda found: found[0].least_s)
+        found = sorted(self._bounds(), key=lambda found: found[0].least_s + found[0].least_bubble_s)
         whole, staged = ([each for each in found if (each[1].pp > 1) == several] for several in (False, True))
         # What computes nothing again is mostly the fastest, and the sooner the fastest is known the less is asked.
         for bounds, level in product((whole, staged), RECOMPUTE):
@@ -196,22 +198,39 @@ class _Search:
         found = predict(sample, whole, _Shared(self._timings, among), groups(layout, self._cluster))
         parts = found.parts
         free = parts.dp_exposed + parts.slowdown + parts.optimizer * (1 - 1 / layout.dp)
-        looped = layout.micro * sum(stage.forward_s + stage.backward_s for stage in found.stages)
+        (stage,) = found.stages
+        looped = layout.micro * (stage.forward_s + stage.backward_s)
         looped = max(0.0, looped - parts.dp_exposed - parts.slowdown)
         once = max(0.0, found.step_s - free - looped)
-        least_s = (looped + once) / layout.pp
-        scattered = self._scattered_s(sample, layout)
-        return _Bound(least_s, scattered, found.memory * (1 / layout.pp), _kept(sample, layout))
+        waits = self._waits(layout, looped / layout.micro, stage.forward_s) or [0.0]
+        bubble, least_bubble = ((layout.pp - 1) * wait / layout.pp for wait in (max(waits), min(waits)))
+        scattered = self._scattered_s(sample, layout, among)
+        return _Bound(
+            (looped + once) / layout.pp,
+            bubble,
+            least_bubble,
+            scattered,
+            found.memory * (1 / layout.pp),
+            _kept(sample, layout),
+        )
 
-    def _scattered_s(self, sample: Sample, layout: Plan) -> float:
-        """What it costs at the least to sum gradients and leave each device its part. Behind a loop, nothing hides it;
-        elsewhere, the backward is slowed down by it."""
+    def _waits(self, layout: Plan, pass_s: float, forward_s: float) -> list[float]:
+        """Seconds that all stages wait together for each one at the least, by order, where a pass through all of them
+        takes `pass_s`, and `forward_s` of it is the forward."""
+        return [
+            forward_s if plan.schedule == "zero_bubble" else pass_s * plan.pp / plan.n_stages
+            for plan in orders(layout, self._step.layers)
+            if self._allowed.allows_order(plan)
+        ]
+
+    def _scattered_s(self, sample: Sample, layout: Plan, among: int) -> float:
+        """Seconds to sum a device's gradients and leave each device its part. `among`: devices that share those of the
+        sample."""
         nbytes = _gradients(sample.less) + (_gradients(sample.more) - _gradients(sample.less)) * sample.deeper
-        if layout.dp == 1 or layout.pp > 1 or nbytes <= 0:
+        if layout.dp == 1 or nbytes <= 0:
             return 0.0
-        message = Work.of([Task("reduce_scatter", "backward", message=nbytes)])
-        seconds = float(self._timings.durations(message, groups(layout, self._cluster))[0])
-        return seconds * min(1.0, self._timings.overlap_slowdown)
+        message = Work.of([Task("reduce_scatter", "backward", message=nbytes / (among * layout.pp))])
+        return float(self._timings.durations(message, groups(layout, self._cluster))[0])
 
     def _least_work(self, layout: Plan) -> tuple[int, Sample]:
         """For the fewest devices that share matrices, how many they are and what they do."""
@@ -288,7 +307,7 @@ class _Search:
     def _reordered(self, plan: Plan, plain: Candidate, waiting: float) -> Candidate:
         """The same as `plain`, whose stages are `waiting` for each other, in another order."""
         if plain.prediction is None:
-            return Candidate(plan, None, plain.dropped)
+            return Candidate(plan, None, f"{plain.dropped} in the plainest order")
         slow = self._slow(plan, plain.prediction.step_s - waiting)
         return self._asked(plan) if slow is None else Candidate(plan, None, slow)
 
@@ -324,8 +343,16 @@ class _Search:
     def _least_s(self, plan: Plan, bound: _Bound) -> float:
         """What the plan takes at the least: as much as what does less than it."""
         lighter = [seconds for other, seconds in self._seen.get(_layout(plan), []) if _does_less(other, plan)]
-        scattered = bound.scattered_s if plan.distribute_param else 0.0
-        return max(bound.least_s + self._again_s(plan) + scattered, *lighter, 0.0)
+        bubble = bound.bubble_s if self._best_whole < float("inf") else bound.least_bubble_s
+        return max(bound.least_s + bubble + self._again_s(plan) + self._summing_s(plan, bound), *lighter, 0.0)
+
+    def _summing_s(self, plan: Plan, bound: _Bound) -> float:
+        """What summing gradients adds at the least. Behind a loop, nothing hides it, and stages always have one;
+        elsewhere, the backward is slowed down by it."""
+        if plan.pp > 1 and plan.micro > 1 and not plan.distribute_low_prec_param:
+            return bound.scattered_s
+        spread = plan.distribute_param or plan.pp > 1
+        return bound.scattered_s * min(1.0, self._timings.overlap_slowdown) if spread else 0.0
 
     def _again_s(self, plan: Plan) -> float:
         """What computing again takes at least: as much as was seen where no matrix was split, shared by all."""
@@ -344,11 +371,14 @@ class _Search:
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """No variant of a layout is faster than `least_s`, and none that spreads states than `scattered_s` more. `memory`:
-    what a device holds where nothing is spread or computed again; `kept`: bytes of activations that are held even where
-    all is computed again."""
+    """No variant of a layout is faster than `least_s`, to which comes what stages wait for each other: `bubble_s` in
+    the plainest order, `least_bubble_s` in the best. `scattered_s`: of messages that sum gradients. `memory`: what a
+    device holds where nothing is spread or computed again; `kept`: bytes of activations that are held even where all
+    is computed again."""
 
     least_s: float
+    bubble_s: float
+    least_bubble_s: float
     scattered_s: float
     memory: Memory
     kept: float

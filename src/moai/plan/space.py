@@ -48,10 +48,13 @@ class Allowed:
             all(value is None or value == getattr(plan, name) for name, value in wanted.items())
             and (self.recompute is None or plan.recompute in self.recompute)
             and (self.most_stages is None or plan.pp <= self.most_stages)
-            and (plan.pp == 1 or self._allows_order(plan))
+            and self.allows_order(plan)
         )
 
-    def _allows_order(self, plan: Plan) -> bool:
+    def allows_order(self, plan: Plan) -> bool:
+        """Whether the user would have its stages work so, if it has any."""
+        if plan.pp == 1:
+            return True
         alike = self.chunks is None or (plan.schedule == "interleaved" and plan.chunks == self.chunks)
         return alike and self.schedule in (None, plan.schedule)
 
