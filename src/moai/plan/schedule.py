@@ -24,6 +24,7 @@ FORWARD, BACKWARD, WEIGHTS = 0, 1, 2
 _ROUNDS = 4
 
 
+@lru_cache(maxsize=512)
 def order(schedule: Schedule, device: int, devices: int, passes: int, chunks: int = 1) -> Order:
     """`chunks`: the stages of each device, for "interleaved"."""
     if schedule == "interleaved":
@@ -103,7 +104,8 @@ def played(
         before = left
         for device, own in enumerate(found):
             now = own[-1].end if own else 0.0
-            for part, step in orders[device][len(own) :]:
+            while len(own) < len(orders[device]):
+                part, step = orders[device][len(own)]
                 stage, way = stage_of(part, device, devices, chunks), int(part >= chunks)
                 ready: float | None = 0.0
                 if way and stage == last:

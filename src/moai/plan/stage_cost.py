@@ -65,7 +65,8 @@ def predicted(
     each = [found[device :: plan.pp] for device in range(plan.pp)]
     seconds, hop_s = [seconds_of_parts(own, plan.schedule) for own in each], hop_s_of(stages, timings, groups)
     chunks = plan.n_stages // plan.pp
-    at_once, ended = (finish(plan.schedule, plan.micro, seconds, hop, chunks) for hop in (0.0, hop_s))
+    at_once = finish(plan.schedule, plan.micro, seconds, 0.0, chunks)
+    ended = finish(plan.schedule, plan.micro, seconds, hop_s, chunks) if hop_s else at_once
     busiest = max((np.sum([t.looped for t in times[at :: plan.pp]], axis=0) for at in range(plan.pp)), key=np.sum)
     latest = max((np.sum([t.once for t in times[at :: plan.pp]], axis=0) for at in range(plan.pp)), key=np.sum)
     bubble = at_once - plan.micro * float(busiest.sum())
