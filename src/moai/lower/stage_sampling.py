@@ -57,7 +57,8 @@ def observed_stages(
             here, found = known(graph, given, plan)
             there, _ = known(graph, given, replace(plan, layers=_DEALT_FEWER))
         except PlanError as error:
-            reason = f"stages of fewer than {_LEAST_LAYERS} layers cannot be predicted: {error.reason}"
+            why = error.reason.removeprefix(f"pp={plan.pp}: ").rstrip(".")  # which nobody asked for
+            reason = f"stages are predicted for models of {_LEAST_LAYERS} layers or more whose cuts are clear ({why})"
             raise PlanError(reason) from None
         middle, deeper = there[_MIDDLE], here[_MIDDLE]
         n = _count(found)
