@@ -92,14 +92,14 @@ def test_an_unknown_interpreter_is_refused_before_anything_is_changed(tmp_path):
     assert run(code, tmp_path).stdout.strip() == "True False"
 
 
-def test_turning_it_on_costs_less_than_50_ms_of_import_time(tmp_path):
+def test_turning_it_on_costs_less_than_a_twentieth_of_importing_torch(tmp_path):
     code = (
-        "import time, torch\n"
-        "start = time.process_time()\n"
+        "import time; start = time.process_time()\n"
+        "import torch; torch_is_there = time.process_time()\n"
         "from moai._autoload import activate\n"
         "activate()\n"
-        "print((time.process_time() - start) * 1e3)"
+        "print((time.process_time() - torch_is_there) / (torch_is_there - start))"
     )
     env = {"MOAI_CUDA": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    times = [float(run(code, tmp_path, **env).stdout) for _ in range(3)]
-    assert statistics.median(times) < 50
+    shares = [float(run(code, tmp_path, **env).stdout) for _ in range(3)]
+    assert statistics.median(shares) < 1 / 20

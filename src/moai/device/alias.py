@@ -1,7 +1,7 @@
 """Turning the accelerator into this process's "cuda".
 
 In: `turn_on()`. Out: torch in which "cuda" is the accelerator: `torch.device`, `torch.cuda`, `torch.Generator`, the
-tensor methods that take a device, autocast, saving and loading. It costs about 10 ms, most of it
+tensor methods that take a device, autocast, saving and loading. It costs about 30 ms, most of it
 imports; the operators' kernels are registered when the device is used for the first time (`torch.cuda._lazy_init`).
 
 Types are changed in place and functions are replaced under their own names, so code that imported a type earlier sees

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from moai.device import owner
-from moai.device.decoding import Steps
 from moai.device.importing import when_imported
 
 _HOME = "transformers.generation.utils"
@@ -135,6 +134,8 @@ def _moved(value: Any, device: Any) -> Any:
 @contextmanager
 def _called_from_host(model: Any) -> Iterator[None]:
     """While this holds, what the model is called with goes to its device."""
+    from moai.device.decoding import Steps  # half of what turning the accelerator on would cost
+
     forward, own = model.forward, "forward" in vars(model)
     device = model.device
     steps = forward if own else Steps(model, forward, owner.current().recorder)
