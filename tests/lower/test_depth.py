@@ -205,7 +205,7 @@ def test_every_form_of_the_optimizer_is_lowered_alike(options: dict[str, bool], 
 
 
 def test_what_a_step_of_few_layers_is_lowered_to_is_not_looked_at_for_more(graph_of, monkeypatch) -> None:
-    graph = graph_of(training(transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 7})))
+    graph = graph_of(training(transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 6})))
     assert not list(shallow(graph, [None] * len(graph.inputs), Plan(dp=4)))
 
 

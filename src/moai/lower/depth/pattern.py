@@ -209,7 +209,7 @@ class Pattern:
     def is_clear(self) -> bool:
         """Whether the runs use no others, and all that stands still follows the first layers or the last ones, none in
         the middle."""
-        deep = all(run.count > 2 * _NEAR * weight for run, weight in self.weights.items())
+        deep = all(run.count > 2 * self._near(run) for run in self.weights)
         return deep and self._is_whole and not any(self._is_inside(number) for number in self._still())
 
     def version(self, deeper: int) -> list[list[Entry | Copies]]:
@@ -270,12 +270,17 @@ class Pattern:
                 at = run.end
             yield from _numbers(strip, at, len(strip.tokens) - at)
 
+    def _near(self, run: Run) -> int:
+        """So many copies from an end are near to it: one layer's, in a run of so few that both ends share the rest."""
+        weight = self.weights[run]
+        return _NEAR * weight if run.count > 2 * _NEAR * weight else weight
+
     def _is_inside(self, number: int) -> bool:
         k = bisect_right(self._firsts, number) - 1
         if k < 0 or number >= self._tracks[k].end:
             return False
         track = self._tracks[k]
-        edge = _NEAR * self.weights[track.run]
+        edge = self._near(track.run)
         return edge <= (number - track.first) // track.each < track.run.count - edge
 
 

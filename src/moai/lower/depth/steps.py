@@ -24,7 +24,7 @@ from moai.plan.plan import Plan
 # Layers of the shallow step that are sure to be whole, in the order in which depths are tried. The first and the last
 # are special, and some in a row tell how they go on. What is gathered ahead of time makes more of them special, and so
 # does what is split by more than samples.
-_DEPTHS, _SPREAD_DEPTHS = (5, 8), (6, 8)
+_DEPTHS, _SPREAD_DEPTHS = (4, 8), (5, 8)
 # So many times deeper the step has to be, to be worth it.
 _WORTH_IT = 1.5
 # Smaller graphs have no layers to speak of.
