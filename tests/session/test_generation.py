@@ -111,6 +111,7 @@ for change in (number, module, data, weight, hook):
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_while_it_generates_is_called_anew() -> None:
     done = generated(CHANGED, "cuda")
     assert done.stdout == generated(CHANGED, "cpu").stdout
@@ -168,5 +169,6 @@ print(model.generate(**prompt(7)).tolist(), len(called))
 """
 
 
+@pytest.mark.slow
 def test_a_script_s_own_hook_is_called_for_every_token() -> None:
     assert generated(HOOKED, "cuda").stdout == generated(HOOKED, "cpu").stdout
