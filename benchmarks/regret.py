@@ -50,7 +50,7 @@ from moai.runtime.accelerator import Accelerator
 
 # All plans take their turns so many times, which are far apart: what disturbs one turn spares the other.
 ROUNDS = 4
-_RUNS = 2
+_RUNS = 8
 HOW = ("layers", "profiled", "described")
 _ALL, _ALL_MEMORY = Allowed(), 1 << 50
 _COMMON = {"bos_token_id": 0, "eos_token_id": 0}

@@ -74,8 +74,9 @@ class Stopwatch:
         scalars: Sequence[float | int] = (),
         tensors: Sequence[torch.Tensor] | None = None,
     ) -> float:
-        """Seconds of a run of `program`: of a layer, a step, whatever it is. Inputs and scalars that are left out are
-        zeros, which may make an optimizer divide by zero, but not take another time."""
+        """Seconds of a run of `program`: of a layer, a step, whatever it is. Inputs that are left out are zeros, and
+        scalars are ones: with small ones, optimizers multiply weights by them run after run, until these are so close
+        to zero that a processor takes much longer for them."""
         given = tensors or [torch.zeros(s.type.shape, dtype=s.type.dtype, device="cpu") for s in program.inputs]
         return _slowest([self._accelerator.run_seconds for _ in self._runs_of(program, scalars, given)])
 
@@ -98,7 +99,7 @@ class Stopwatch:
         consumed = [i for i, slot in enumerate(slots) if slot.donated and i not in replaced]
         inputs = [accelerator.upload(x, s.placement, program.mesh) for x, s in zip(tensors, slots, strict=True)]
         for number in range(1 + self._runs):
-            outputs = accelerator.run(program, inputs, scalars or [0] * program.n_scalars, timed)
+            outputs = accelerator.run(program, inputs, scalars or [1] * program.n_scalars, timed)
             accelerator.synchronize()
             if number:  # the first run is checked, and slower
                 yield
