@@ -91,6 +91,7 @@ def _install() -> None:
         tensors,
         torch_cuda,
         torch_device,
+        trainer,
     )
 
     _setup_privateuseone_for_python_backend(torch_device.NAME, torch.cuda, _Hooks())
@@ -108,3 +109,4 @@ def _install() -> None:
     generation.install()
     parallel.install()
     process_group.install()
+    trainer.install()
