@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moai.capture import meta
 from moai.capture import recorder as recorder_module
 from tests.capture.conftest import Observed
 
@@ -43,3 +44,11 @@ def test_a_step_is_learned_again_after_forgetting(capture: Observed, monkeypatch
     before = capture.recorder.stats.recorded
     (x * 2).sum().item()
     assert capture.recorder.stats.recorded == before
+
+
+def test_shapes_that_never_come_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meta, "_MOST", 8)
+    monkeypatch.setattr(meta, "_results", {})
+    for length in range(1, 21):
+        assert (torch.ones(length, device="cuda") * 2).tolist() == [2.0] * length
+    assert 0 < len(meta._results) <= 8

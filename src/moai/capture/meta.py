@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from moai.capture.operators import Operator, functional_twin
 from moai.graph.meta_kernels import meta_kernel
 
 _META = torch.device("meta")
+# Known results, of so many calls: a script whose shapes never come again would remember them all.
+_MOST = 1 << 16
 _results: dict[Any, Any] = {}
 
 
@@ -50,11 +52,13 @@ def infer(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return UNKNOWN
     if operator.output_mask is not None:
         result = tuple(r if wanted else None for r, wanted in zip(result, args[operator.output_mask], strict=True))
+    if len(_results) >= _MOST:
+        _results.clear()
     _results[key] = result
     return result
 
 
-@cache
+@lru_cache(_MOST)
 def _meta_tensor(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=_META)
 
