@@ -1,6 +1,6 @@
 """Are the numbers of every plan those of one device?
 
-    python -m benchmarks.numerics                     # every model, plans in which all pairs of settings occur
+    python -m benchmarks.numerics                     # every model; plans with all pairs of settings, and with stages
     python -m benchmarks.numerics --quick             # a minute's check
     python -m benchmarks.numerics --plans full        # every combination: hours
     python -m benchmarks.numerics --plans dp=2,tp=2,micro=4,precision=fp64 --models llama gpt2
@@ -55,7 +55,7 @@ def _arguments() -> argparse.Namespace:
         "--plans",
         nargs="+",
         metavar="PLAN",
-        help='"pairs", "kinds" (one setting each), "full", or as in MOAI_PLAN',
+        help='"pairs", "stages", "kinds" (one setting each), "full", or as in MOAI_PLAN',
     )
     parser.add_argument("--devices", type=int, default=4, help="the most devices that a plan may have (default 4)")
     parser.add_argument("--steps", type=int, help="steps of training (default 10)")
@@ -73,7 +73,9 @@ def main() -> None:
     models = arguments.models or (QUICK_MODELS if arguments.quick else tuple(MODELS))
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else 10)
     try:
-        points = parse_all(arguments.plans or (["kinds"] if arguments.quick else ["pairs"]), arguments.devices)
+        points = parse_all(
+            arguments.plans or (["kinds"] if arguments.quick else ["pairs", "stages"]), arguments.devices
+        )
     except ValueError as error:
         sys.exit(f"--plans: {error}")
     if arguments.list:

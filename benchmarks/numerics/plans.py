@@ -140,8 +140,14 @@ KINDS = tuple(
 
 
 def parse_all(texts: Iterable[str], devices: int) -> list[Point]:
-    """What --plans says: "pairs", "kinds", "full", or plans."""
+    """What --plans says: "pairs", "stages", "kinds", "full", or plans."""
     kinds = [p for p in KINDS if p.n_devices <= devices]
-    named: dict[str, Sequence[Point]] = {"pairs": pairs(devices), "kinds": kinds, "full": every(devices)}
+    stages = [p for p in kinds if p.pp > 1]
+    named: dict[str, Sequence[Point]] = {
+        "pairs": pairs(devices),
+        "stages": stages,
+        "kinds": kinds,
+        "full": every(devices),
+    }
     found = [p for text in texts for p in (named[text] if text in named else [Point.parse(text)])]
     return sorted(set(found), key=_order)
