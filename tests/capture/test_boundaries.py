@@ -300,3 +300,14 @@ def test_random_numbers_read_on_the_host_are_those_of_the_graph(capture: Observe
     first = x.cpu()
     torch.manual_seed(3)
     assert torch.equal(torch.rand(4, device="cuda").cpu(), first)
+
+
+@on_the_host
+def test_a_question_about_the_batch_is_answered_however_long_the_forward_pass_is(capture: Observed) -> None:
+    x, labels = randn(4).to("cuda"), torch.tensor([1, -100, 2, -100]).to("cuda")
+    n_valid = (labels * 1.0 > 0).sum()
+    for _ in range(500):
+        x = x * 1.01
+    before = capture.segments
+    assert n_valid > 1 and not n_valid > 2
+    assert capture.segments == before

@@ -58,7 +58,10 @@ _said: set[str] = set()
 def evaluate(segment: OpenSegment, record: Record, max_calls: int) -> torch.Tensor | None:
     """The pending value of a storage (in its base geometry), or None where it takes more than `max_calls` operators,
     tensors beyond MAX_ELEMENTS, or inputs that are on the devices only."""
-    calls = _needed_calls(segment.cursor, record.sid, max_calls)
+    end = segment.cursor
+    if record.sid not in end.needed:
+        end.needed[record.sid] = _needed_calls(end, record.sid, max_calls)
+    calls = end.needed[record.sid]
     if calls is None:
         return None
     values = dict(segment.inputs)
@@ -90,17 +93,17 @@ def _host_base(value: Value, base: Base | None) -> torch.Tensor | None:
 
 def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
     """The calls before `end` (inclusive) that storage `sid` depends on, in order; None beyond the limit, or with work
-    for the devices. A number of steps back beyond which nothing is looked for bounds the cost of asking."""
-    needed, calls, node, looked_at = {sid}, [], end, 0
+    for the devices. What is asked behind a forward pass may be about its inputs alone, so all of the segment is looked
+    at: once, as the next step asks at the same place."""
+    needed, calls, node = {sid}, [], end
     while node.operator is not None:
-        looked_at += 1
         written = {s.sid for s in written_specs(node)} | {o.sid for o in out_specs(node.outs)}
         if written & needed:
             calls.append(node)
             needed |= {s.sid for s in tensor_specs(node)}
             if node.operator.name in FOR_DEVICES:
                 return None
-        if len(calls) > limit or looked_at > 2 * limit:
+        if len(calls) > limit:
             return None
         assert node.parent is not None
         node = node.parent
@@ -110,13 +113,20 @@ def _needed_calls(end: Call, sid: int, limit: int) -> list[Call] | None:
 
 def _numbers_by_call(segment: OpenSegment, calls: list[Call]) -> dict[int, list[float | int]]:
     """The numbers of this run that each of `calls` took."""
-    wanted, taken, start = {id(c) for c in calls}, {}, 0
+    taken: dict[int, list[float | int]] = {id(c): [] for c in calls}
+    if not any(map(_count_numbers, calls)):
+        return taken
+    start = 0
     for call in segment.cursor.path():
-        n = count_numbers(call.args) + count_numbers(tuple(call.kwargs.values()))
-        if id(call) in wanted:
+        n = _count_numbers(call)
+        if id(call) in taken:
             taken[id(call)] = segment.scalars[start : start + n]
         start += n
     return taken
+
+
+def _count_numbers(call: Call) -> int:
+    return count_numbers(call.args) + count_numbers(tuple(call.kwargs.values()))
 
 
 def _run(call: Call, bases: dict[int, torch.Tensor], numbers: list[float | int]) -> None:

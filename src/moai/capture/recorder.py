@@ -326,6 +326,7 @@ class Recorder:
             stack.extend(call.children)
             call.children.clear()
             call.compiled.clear()
+            call.needed.clear()
         self.n_calls = 0
         self.forget()
 

@@ -87,11 +87,11 @@ class Call:
     `outs` mirrors the call's new tensors: an OutSpec (`plain`), None, or a (nested) list or tuple of those.
     `saw_backward` and `keeps_graph` tell of the segment up to here: a backward pass ran, and one with retain_graph.
     `kept_unused`: a large result was held by the script at the end of a step, and died unused. `compiled` are the
-    graphs of the segments that end here.
+    graphs of the segments that end here; `needed` is what storages that were read here follow from, by their sid.
     """
 
-    __slots__ = ("args", "children", "compiled", "depth", "keeps_graph", "kept_unused", "kwargs", "operator", "origin",
-                 "outs", "parent", "plain", "saw_backward", "writes")  # fmt: skip
+    __slots__ = ("args", "children", "compiled", "depth", "keeps_graph", "kept_unused", "kwargs", "needed", "operator",
+                 "origin", "outs", "parent", "plain", "saw_backward", "writes")  # fmt: skip
 
     def __init__(self, parent: Call | None, operator: Operator | None) -> None:
         self.parent = parent
@@ -107,6 +107,7 @@ class Call:
         self.keeps_graph = False
         self.children: list[Call] = []
         self.compiled: dict[Any, Any] = {}
+        self.needed: dict[int, list[Call] | None] = {}
         self.kept_unused = False
 
     def path(self) -> list[Call]:
