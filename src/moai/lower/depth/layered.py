@@ -177,8 +177,13 @@ def _givens(tokens: Sequence[Hashable], first: int) -> Strip:
 def _lists(records: Sequence[Record], repeated: Sequence[Run], numbers: Numbers) -> dict[int, Lists]:
     """The long lists of what is not repeated, by the record's position."""
     bounds = [0, *(bound for run in repeated for bound in (run.start, run.end)), len(records)]
-    still = (at for start, end in zip(bounds[::2], bounds[1::2], strict=True) for at in range(start, end))
-    found = {at: Lists(records[at], numbers) for at in still if has_lists(records[at])}
+    still = zip(bounds[::2], bounds[1::2], strict=True)
+    found = {
+        at: Lists(record, numbers)
+        for start, end in still
+        for at, record in enumerate(records[start:end], start)
+        if has_lists(record)
+    }
     return {at: lists for at, lists in found.items() if lists.groups}
 
 

@@ -306,17 +306,18 @@ def _ties(tracks: Sequence[_Track], found: Sequence[Sequence[Run]]) -> dict[Run,
     """How many copies of other runs go with one of each. Runs that do not say so with one voice are left out."""
     firsts = [t.first for t in tracks]
     ties: dict[Run, dict[Run, Fraction]] = {}
-    for run in (run for each in found for run in each):
-        own: dict[Run, set[Fraction]] = defaultdict(set)
+    for run in chain.from_iterable(found):
+        own: dict[Run, set[tuple[int, int]]] = defaultdict(set)
         lost = False
         for number, stride in set(zip(run.half_way, run.strides, strict=True)):
             k = bisect_right(firsts, number) - 1
             if stride and k >= 0 and number < tracks[k].end:
-                own[tracks[k].run].add(Fraction(abs(stride), tracks[k].each))
+                own[tracks[k].run].add((abs(stride), tracks[k].each))
             elif stride:
                 lost = True
-        if not lost and all(len(ratios) == 1 for ratios in own.values()) and own.get(run, {1}) == {1}:
-            ties[run] = {other: ratio for other, (ratio,) in own.items()}
+        ratios = {other: {Fraction(*pair) for pair in pairs} for other, pairs in own.items()}
+        if not lost and all(len(found) == 1 for found in ratios.values()) and ratios.get(run, {1}) == {1}:
+            ties[run] = {other: ratio for other, (ratio,) in ratios.items()}
     return ties
 
 

@@ -53,7 +53,8 @@ class Numbers:
         self._met: list[int] = []
 
     def strip(self, records: Iterable[Record]) -> Strip:
-        """The records in order. All that is read in them was given, or made by an earlier one."""
+        """The records in order, or plain tuples of their parts. All that is read in them was given, or made by an
+        earlier one."""
         of = self.of
         tokens, numbers, made = [], [], [len(of)]
         known: dict[Hashable, int] = {}

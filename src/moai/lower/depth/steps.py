@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from moai.graph.placement import Placement
 from moai.graph.step_graph import Input, Node, Output, StepGraph, TensorType, flat_ids
@@ -98,7 +99,7 @@ def layers_of(identical: Identical, given: tuple[Placement | None, ...]) -> Laye
     whole = Whole(
         [(i.id, (kind[i.id], i.batch, i.dies, p)) for i, p in zip(graph.inputs, given, strict=True)],
         graph.n_scalars,
-        [_of_node(node, kind) for node in graph.nodes],
+        _Nodes(graph.nodes, kind),
         [(kind[o.id], o.id, o.replaces) for o in graph.outputs],
         len(graph.types),
     )
@@ -222,11 +223,31 @@ def _graph(graph: StepGraph, layers: Layered, deeper: int) -> tuple[StepGraph, l
     return less, version.inputs
 
 
-def _of_node(node: Node, kind: Sequence[int]) -> Record:
-    outs = node.outs
-    kinds = kind[outs] if type(outs) is int else tuple([kind[o] for o in flat_ids(outs)])
-    # Operators compare themselves by name, which takes longer.
-    return Record((id(node.op), node.origin.phase, kinds), node.args, node.kwargs, outs)
+class _Nodes(Sequence[Record]):
+    """Nodes as records, of which only few are ever looked at twice."""
+
+    def __init__(self, nodes: Sequence[Node], kind: Sequence[int]) -> None:
+        """`kind`: of values, by id."""
+        self._nodes = nodes
+        self._kind = kind
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Their parts, as plain tuples: a step has tens of thousands."""
+        kind = self._kind
+        for node in self._nodes:
+            outs = node.outs
+            kinds = kind[outs] if type(outs) is int else tuple([kind[o] for o in flat_ids(outs)])
+            # Operators compare themselves by name, which takes longer.
+            yield (id(node.op), node.origin.phase, kinds), node.args, node.kwargs, outs, (), ()
+
+    def __getitem__(self, at: Any) -> Any:
+        """A record, or those of a slice."""
+        if isinstance(at, slice):
+            return list(map(Record._make, _Nodes(self._nodes[at], self._kind)))
+        return Record._make(next(iter(_Nodes((self._nodes[at],), self._kind))))
 
 
 def _of_instruction(i: Instruction, types: Mapping[int, TensorType]) -> Record:
