@@ -25,8 +25,8 @@ _INTEGERS = {int}
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
-# What makes something of the args, kwargs, outs, frees and shapes of a record like the one at a position.
-Make = Callable[[tuple[Any, ...], dict[str, Any], Any, tuple[int, ...], tuple[Any, ...]], T]
+# What makes things like the one at a position, of the args, kwargs, outs, frees and shapes of each.
+Make = Callable[[Iterable[Any], Iterable[Any], Iterable[Any], Iterable[Any], Iterable[Any]], Iterator[T]]
 Maker = Callable[[int], Make[T]]
 
 
@@ -125,7 +125,11 @@ class Writer(Generic[T]):
         record, take = self._records[at], iter(numbers).__next__
         args, kwargs = self.args((record.args, record.kwargs), take)
         outs = _outs(record.outs, take)
-        return self.maker(at)(args, kwargs, outs, tuple([take() for _ in record.frees]), record.shapes)
+        return self.made(at, args, kwargs, outs, tuple([take() for _ in record.frees]), record.shapes)
+
+    def made(self, at: int, args: Any, kwargs: Any, outs: Any, frees: Any, shapes: Any) -> T:
+        """One like that at a position."""
+        return next(self.maker(at)((args,), (kwargs,), (outs,), (frees,), (shapes,)))
 
     def copies(self, copies: Copies) -> list[T]:
         """Nearly all of a deep program, and most of the time would go here: every element is written for all copies at
@@ -140,7 +144,7 @@ class Writer(Generic[T]):
         args, kwargs = self._values(record.args, take, n), self._values(record.kwargs, take, n)
         outs = _ids_of(record.outs, take, n)
         frees = together([take() for _ in record.frees], n)
-        return map(self.maker(at), args, kwargs, outs, frees, repeat(record.shapes, n))
+        return self.maker(at)(args, kwargs, outs, frees, repeat(record.shapes, n))
 
     def _values(self, a: Any, take: Callable[[], Iterable[int]], n: int) -> Iterable[Any]:
         """An argument, of `n` copies, with what `take` gives in the place of values."""
@@ -266,7 +270,7 @@ class Lists:
                     filled[path] = tuple([old[e] for e, _ in found])
         args, kwargs, outs, frees, shapes = _filled(writer.args(self._emptied, iter(rest).__next__), filled)
         flat = tuple(_flat(outs, shapes)) if self._has_shapes else ()
-        return writer.maker(at)(args, kwargs, _ids(outs), _ids(frees), flat)
+        return writer.made(at, args, kwargs, _ids(outs), _ids(frees), flat)
 
 
 def _form(record: Record) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import repeat
 from typing import Any
 
 from moai.graph.placement import Placement
@@ -166,7 +167,7 @@ class Deep:
 
         def maker(at: int) -> Make[Instruction]:
             op, where = code[at].op, code[at].where
-            return lambda args, kwargs, outs, frees, shapes: Instruction(op, args, kwargs, outs, frees, shapes, where)
+            return lambda *columns: map(Instruction, repeat(op), *columns, repeat(where))
 
         return self._layers.version(deeper, maker)
 
@@ -208,7 +209,7 @@ def _graph(graph: StepGraph, layers: Layered, deeper: int) -> tuple[StepGraph, l
 
     def maker(at: int) -> Make[Node]:
         op, origin = graph.nodes[at].op, graph.nodes[at].origin
-        return lambda args, kwargs, outs, frees, shapes: Node(op, args, kwargs, outs, origin)
+        return lambda args, kwargs, outs, frees, shapes: map(Node, repeat(op), args, kwargs, outs, repeat(origin))
 
     version = layers.version(deeper, maker)
     like = layers.like(version)
