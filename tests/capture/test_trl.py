@@ -16,6 +16,13 @@ from tests.capture.conftest import Observed, on_the_host
 
 STEPS = 8
 WORDS = [f"w{k}" for k in range(20)]
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 COMMON = {
     "per_device_train_batch_size": 4,
     "max_steps": STEPS,
@@ -40,11 +47,7 @@ def tokenizer() -> Any:
 
 def model() -> Any:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-        )
-    )
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
 
 
 def text(k: int, length: int = 6) -> str:
@@ -67,12 +70,34 @@ def preferred(folder: Path, on_cpu: bool) -> list[dict[str, Any]]:
     )
 
 
+def rewarded(folder: Path, on_cpu: bool) -> list[dict[str, Any]]:
+    rows = [{"chosen": text(k + 1, 4), "rejected": text(k + 2, 5)} for k in range(16)]
+    torch.manual_seed(0)
+    judge = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=1, pad_token_id=0))
+    arguments = trl.RewardConfig(str(folder), use_cpu=on_cpu, **COMMON)
+    return logs(
+        trl.RewardTrainer(
+            judge, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer()
+        )
+    )
+
+
+def desired(folder: Path, on_cpu: bool) -> list[dict[str, Any]]:
+    rows = [{"prompt": text(k, 3), "completion": text(k + 1, 4), "label": k % 2 == 0} for k in range(16)]
+    arguments = trl.KTOConfig(str(folder), use_cpu=on_cpu, **COMMON)
+    return logs(
+        trl.KTOTrainer(
+            model(), model(), arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer()
+        )
+    )
+
+
 def logs(trainer: Any) -> list[dict[str, Any]]:
     trainer.train()
     return trainer.state.log_history
 
 
-@pytest.mark.parametrize("train", [supervised, preferred])
+@pytest.mark.parametrize("train", [supervised, preferred, rewarded, desired])
 def test_what_is_logged_is_what_the_cpu_logs(tmp_path: Path, train: Any) -> None:
     expected, found = train(tmp_path, on_cpu=True), train(tmp_path, on_cpu=False)
     assert len(found) == len(expected) >= 2
@@ -85,7 +110,8 @@ def test_what_is_logged_is_what_the_cpu_logs(tmp_path: Path, train: Any) -> None
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older Trainers wait for every loss")
 @on_the_host
-def test_a_step_is_one_segment(tmp_path: Path, capture: Observed) -> None:
+@pytest.mark.parametrize("train", [supervised, rewarded])
+def test_a_step_is_one_segment(tmp_path: Path, capture: Observed, train: Any) -> None:
     before = capture.segments
-    supervised(tmp_path, on_cpu=False)
+    train(tmp_path, on_cpu=False)
     assert capture.segments - before <= STEPS + 2

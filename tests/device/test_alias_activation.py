@@ -92,7 +92,7 @@ def test_an_unknown_interpreter_is_refused_before_anything_is_changed(tmp_path):
     assert run(code, tmp_path).stdout.strip() == "True False"
 
 
-def test_turning_it_on_costs_less_than_a_twentieth_of_importing_torch(tmp_path):
+def test_turning_it_on_costs_less_than_a_twenty_fifth_of_importing_torch(tmp_path):
     code = (
         "import time; start = time.process_time()\n"
         "import torch; torch_is_there = time.process_time()\n"
@@ -102,4 +102,4 @@ def test_turning_it_on_costs_less_than_a_twentieth_of_importing_torch(tmp_path):
     )
     env = {"MOAI_CUDA": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     shares = [float(run(code, tmp_path, **env).stdout) for _ in range(3)]
-    assert statistics.median(shares) < 1 / 20
+    assert statistics.median(shares) < 1 / 25
